@@ -1,0 +1,31 @@
+# `make test` and `make demo` are the whole set-up on a fresh machine: Python >= 3.11 and make, nothing else.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint gpu-check clean
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: .venv/installed
+	$(BIN)/python examples/accelerate_torchvision.py
+
+test: .venv/installed
+	$(BIN)/pytest -n 2
+	TRITON_INTERPRET=1 $(BIN)/pytest -n 2
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+# Not in .venv: a machine with a GPU has its own torch. Set PYTHON to the one to use.
+gpu-check:
+	PYTHONPATH=. $(PYTHON) -m pytest tests
+	PYTHONPATH=. $(PYTHON) -m benchmarks.operators --device cuda --json benchmarks/results/cuda.json
+
+clean:
+	rm -rf .venv dist

@@ -1,0 +1,74 @@
+"""Which level of a feature pyramid a box is pooled from (Lin et al. 2017, Feature Pyramid Networks, eq. 1).
+
+    level = floor(canonical_level + log2(sqrt(area) / canonical_box_size))
+
+The peers guard the logarithm differently, and so disagree on boxes whose area lies within a few float32
+steps of a boundary. `LevelRule.rounding` names whose boundary holds:
+
+    "torchvision"   1e-6 is added outside the logarithm
+    "detectron2"    1e-8 is added inside it
+
+Kernels compare areas with thresholds instead: the smallest area that reaches each level, found here by
+bisection through the peer's own chain of float operations, so that both sides of each boundary are theirs.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastmask.kernels._runtime import float64_bits
+
+ROUNDINGS = ("torchvision", "detectron2")
+
+
+class LevelRule(NamedTuple):
+    """What eq. 1 needs to be told; `boxes` of `canonical_box_size` pixels squared go to `canonical_level`."""
+
+    canonical_box_size: float = 224.0
+    canonical_level: int = 4
+    rounding: str = "torchvision"
+
+    def levels_of(self, areas: Tensor) -> Tensor:
+        """Unclamped levels, floating; NaN for a negative or NaN area."""
+        ratio = areas.sqrt() / self.canonical_box_size
+        if self.rounding == "detectron2":
+            return (self.canonical_level + (ratio + 1e-8).log2()).floor()
+        return (self.canonical_level + ratio.log2() + torch.tensor(1e-6, dtype=areas.dtype)).floor()
+
+
+def level_range(spatial_scales: list[float]) -> tuple[int, int]:
+    """The first and last level of the pyramid: a level's scale is `2 ** -level`."""
+    return int(-math.log2(spatial_scales[0])), int(-math.log2(spatial_scales[-1]))
+
+
+def assign_fpn_levels(boxes: Tensor, spatial_scales: list[float], rule: LevelRule) -> Tensor:
+    """Index `[K]` into the pyramid of each box `[K, 4]`, int64; -1 for a box that has no level.
+
+    One level takes every box. With more, a box of negative or NaN area has no level, and neither has one
+    whose level is missing from a pyramid with gaps: both peers leave the features of such boxes at zero.
+    """
+    if len(spatial_scales) == 1:
+        return torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device)
+    first, last = level_range(spatial_scales)
+    levels = rule.levels_of((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]))
+    index = levels.clamp(first, last) - first
+    return index.where(index < len(spatial_scales), -1).long()  # NaN compares false
+
+
+@lru_cache(maxsize=64)
+def area_thresholds(first: int, last: int, rule: LevelRule, dtype: torch.dtype) -> tuple[int, ...]:
+    """The smallest areas, in `dtype`, that `rule` sends to levels first + 1 .. last, as float64 bits."""
+    bits = {torch.float32: torch.int32, torch.float64: torch.int64}[dtype]
+    levels = torch.arange(first + 1, last + 1, device="cpu")
+    exact = (rule.canonical_box_size * 2.0 ** (levels.double() - rule.canonical_level)).square().to(dtype)
+    below, reached = (exact / 2).view(bits), (exact * 2).view(bits)  # positive floats sort like their bits
+    while (reached - below).max() > 1 if len(levels) else False:
+        middle = below + (reached - below) // 2
+        hit = rule.levels_of(middle.view(dtype)) >= levels
+        below, reached = middle.where(~hit, below), middle.where(hit, reached)
+    return tuple(float64_bits(area) for area in reached.view(dtype).tolist())

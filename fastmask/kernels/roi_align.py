@@ -1,0 +1,434 @@
+"""RoIAlign over a feature pyramid: level assignment, sampling and pooling in one launch (He et al. 2017, §3).
+
+    output[k, c, p, q] = mean or max over samples (i, j) of bilinear(features[level(k)][image(k), c], y, x)
+    y = start_y + p * bin_y + (i + 1/2) * bin_y / grid_y        x likewise
+
+K boxes `[image, x1, y1, x2, y2]`, L levels `[N, C, H_l, W_l]`, PH x PW bins. Boxes are in image pixels and
+`spatial_scales[l]` maps them to level l; `roi_sampling.py` has the geometry, `fpn_levels.py` the level. RoIAlign
+on a single feature map is the case L = 1.
+
+Fused: levels are chosen inside the kernel, so nothing waits for the host and no box is moved; features are read
+in their own precision, channels innermost, 16 bytes a thread. Casting an 800 x 1344 pyramid to float32 first, as
+the peers do under autocast, would alone write 91 MB. Features that are not channels_last are transposed once: a
+scattered 2-byte load costs a whole 32-byte sector, and 16 are needed per output. Sums are float32 (float64 for
+float64 features), in a fixed order: same inputs, same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+from fastmask.kernels._runtime import (
+    compute_dtype,
+    float64_bits,
+    jit,
+    memory_format,
+    on_device_of,
+    pack_size,
+    register,
+    tl,
+    triton,
+)
+from fastmask.kernels.fpn_levels import ROUNDINGS, LevelRule, area_thresholds, level_range
+from fastmask.kernels.roi_align_backward import roi_align_backward
+from fastmask.kernels.roi_boxes import checked_output_size, roi_format
+from fastmask.kernels.roi_sampling import (
+    Samples,
+    divide,
+    level_of,
+    neighbours,
+    sample_axis,
+    sample_boxes,
+    scaled_box,
+    select_boxes,
+    size_of,
+)
+
+# [bins x channels] of a program. Chosen by compiling: 16 sums a thread, all loads 16 bytes, see
+# docs/compile_report.md; not yet measured on a GPU.
+BINS_PER_PROGRAM = 8
+CHANNELS_PER_PROGRAM = {2: 256, 4: 256, 8: 64}  # by the bytes of an element
+NUM_WARPS = 4
+
+# Sample values that the maximum keeps at once, elements.
+_MAX_VALUES = 1 << 25
+
+
+def roi_align_reference(
+    features: Sequence[Tensor],
+    boxes: Tensor,
+    pooled_height: int,
+    pooled_width: int,
+    maximum: bool,
+    spatial_scales: list[float],
+    sampling_ratio: int,
+    aligned: bool,
+    canonical_box_size: float,
+    canonical_level: int,
+    level_rounding: str,
+) -> tuple[Tensor, Tensor]:
+    """Each bin a bag of feature-map rows, four per sample, summed with their weights by `embedding_bag`."""
+    images, channels = features[0].shape[:2]
+    dtype, pooled = features[0].dtype, (pooled_height, pooled_width)
+    rule = LevelRule(canonical_box_size, canonical_level, level_rounding)
+    output, argmax = _fake_roi_align(features, boxes, pooled_height, pooled_width, maximum)
+    selected = select_boxes(boxes, images, spatial_scales, rule)
+    if sum(map(len, selected)) < len(boxes) or not all(feature.numel() for feature in features):
+        output.zero_()
+        argmax.zero_()
+    for feature, scale, rows in zip(features, spatial_scales, selected, strict=True):
+        if not len(rows) or not feature.numel():
+            continue
+        table = feature.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+        level, table = table.shape[:3], table.reshape(-1, channels).to(compute_dtype(dtype))
+        samples = sample_boxes(boxes[rows], level, pooled, scale, sampling_ratio, aligned, not maximum)
+        if maximum:
+            values, winner = _max_of_samples(table, samples)
+            winner = winner.to(argmax.dtype).view(-1, *pooled, channels).permute(0, 3, 1, 2)
+            argmax.index_copy_(0, rows, winner)
+        else:
+            values = embedding_bag(
+                samples.pixel.flatten(),
+                table,
+                samples.first[:-1].to(samples.pixel.dtype) * 4,
+                mode="sum",
+                per_sample_weights=samples.weight.flatten(),
+            )
+        output.index_copy_(0, rows, values.view(-1, *pooled, channels).permute(0, 3, 1, 2).to(dtype))
+    return output, argmax
+
+
+def _max_of_samples(table: Tensor, samples: Samples) -> tuple[Tensor, Tensor]:
+    """Maximum over each bin's samples, and which sample of the bin it was, first of equals."""
+    bins = len(samples.first) - 1
+    values, winners = table.new_zeros(bins, table.shape[1]), samples.bin.new_zeros(bins, table.shape[1])
+    per_bin = max(1, int(samples.first.diff().max()))
+    step = max(1, _MAX_VALUES // (per_bin * table.shape[1]))
+    for start in range(0, bins, step):
+        first = samples.first[start : start + step + 1]
+        visited = slice(int(first[0]), int(first[-1]))
+        if visited.start == visited.stop:
+            continue
+        sampled = embedding_bag(
+            samples.pixel[visited], table, mode="sum", per_sample_weights=samples.weight[visited]
+        )
+        offsets = first[:-1] - first[0]
+        order = torch.arange(len(sampled), device=table.device)
+        best, _, _, winner = torch.ops.aten._embedding_bag(sampled, order, offsets, False, 2)
+        values[start : start + step] = best
+        winners[start : start + step] = (winner - offsets[:, None]).clamp(min=0)
+    return values, winners
+
+
+@jit()
+def _sample(feature, top, bottom, above, below, left, right, before, after, width, channel, mask, C: tl.constexpr):
+    """Interpolated values `[bins, channels]` at one sample of each bin."""
+    value = tl.zeros((top.shape[0], channel.shape[0]), above.dtype)
+    for row in tl.static_range(2):
+        y = bottom if row else top
+        wy = below if row else above
+        for column in tl.static_range(2):
+            x = right if column else left
+            wx = after if column else before
+            pixel = feature + (y.to(tl.int64) * width + x)[:, None] * C + channel[None, :]
+            loaded = tl.load(pixel) if mask is None else tl.load(pixel, mask=mask[None, :], other=0.0)
+            value = tl.fma(loaded.to(above.dtype), (wy * wx)[:, None], value)
+    return value
+
+
+@jit(do_not_specialize=["num_images"])
+def _roi_align_forward_kernel(
+    features,  # L of [N, H_l, W_l, C]
+    boxes,  # [K, 5] float32, or float64 with float64 features
+    output,  # [K, PH * PW, C] or [K, C, PH * PW]
+    argmax,  # like output, int32; not written unless MAXIMUM
+    sizes,  # L packed (H_l, W_l)
+    scales,  # L float64 bits
+    num_images,
+    C: tl.constexpr,
+    PH: tl.constexpr,
+    PW: tl.constexpr,
+    RATIO: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    MAXIMUM: tl.constexpr,
+    THRESHOLDS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    BINS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    BLOCKS: tl.constexpr = (PH * PW + BINS - 1) // BINS
+    k = (tl.program_id(0) // BLOCKS).to(tl.int64)
+    bin = tl.program_id(0) % BLOCKS * BINS + tl.arange(0, BINS)
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    mask = None if C % CHANNELS == 0 else channel < C
+
+    box = boxes + k * 5
+    dtype = boxes.dtype.element_ty
+    image, level, pooled = level_of(box, num_images, THRESHOLDS, len(features))
+    feature, packed, scale = features[0], sizes[0], scales[0]
+    for index in tl.static_range(1, len(features)):
+        if level == index:
+            feature, packed, scale = features[index], sizes[index], scales[index]
+    height, width = size_of(packed)
+    feature += image * height * width * C
+
+    value = tl.zeros((BINS, CHANNELS), dtype)
+    winner = tl.zeros((BINS, CHANNELS), tl.int32)
+    if pooled & (height > 0) & (width > 0):
+        x1, y1, x2, y2 = scaled_box(box, scale.to(tl.float64, bitcast=True).to(dtype), ALIGNED)
+        row, column = (bin // PW).to(dtype), (bin % PW).to(dtype)
+        base_y, bin_y, grid_y, skip_y, visit_y = sample_axis(y1, y2, row, height, PH, RATIO, ALIGNED)
+        base_x, bin_x, grid_x, skip_x, visit_x = sample_axis(x1, x2, column, width, PW, RATIO, ALIGNED)
+        if RATIO > 0:
+            for i in tl.static_range(RATIO):
+                top, bottom, above, below = neighbours(base_y, bin_y, grid_y, skip_y + i, height)
+                for j in tl.static_range(RATIO):
+                    left, right, before, after = neighbours(base_x, bin_x, grid_x, skip_x + j, width)
+                    sampled = _sample(
+                        feature, top, bottom, above, below, left, right, before, after, width, channel, mask, C
+                    )
+                    if MAXIMUM:
+                        better = (sampled > value) | (i + j == 0)
+                        value = tl.where(better, sampled, value)
+                        winner = tl.where(better, i * RATIO + j, winner)
+                    else:
+                        value += sampled
+        else:
+            for i in range(tl.max(visit_y, 0).to(tl.int32)):
+                top, bottom, above, below = neighbours(base_y, bin_y, grid_y, skip_y + i, height)
+                above, below = tl.where(i < visit_y, above, 0.0), tl.where(i < visit_y, below, 0.0)
+                for j in range(tl.max(visit_x, 0).to(tl.int32)):
+                    left, right, before, after = neighbours(base_x, bin_x, grid_x, skip_x + j, width)
+                    before, after = tl.where(j < visit_x, before, 0.0), tl.where(j < visit_x, after, 0.0)
+                    sampled = _sample(
+                        feature, top, bottom, above, below, left, right, before, after, width, channel, mask, C
+                    )
+                    if MAXIMUM:
+                        visited = ((i < visit_y) & (j < visit_x))[:, None]
+                        better = visited & ((sampled > value) | (i + j == 0))
+                        value = tl.where(better, sampled, value)
+                        winner = tl.where(better, (i * visit_x.to(tl.int32) + j)[:, None], winner)
+                    else:
+                        value += sampled
+        if not MAXIMUM:
+            value = divide(value, tl.maximum(grid_y * grid_x, 1.0)[:, None])
+
+    start = k * (PH * PW * C)
+    if CHANNELS_LAST:
+        index = start + (bin * C)[:, None] + channel[None, :]
+    else:
+        index = start + bin[:, None] + (channel * (PH * PW))[None, :]
+    stored = (bin < PH * PW)[:, None] if mask is None else (bin < PH * PW)[:, None] & mask[None, :]
+    tl.store(output + index, value.to(output.dtype.element_ty), mask=stored)
+    if MAXIMUM:
+        tl.store(argmax + index, winner, mask=stored)
+
+
+def _launch_roi_align(
+    features: Sequence[Tensor],
+    boxes: Tensor,
+    pooled_height: int,
+    pooled_width: int,
+    maximum: bool,
+    spatial_scales: list[float],
+    sampling_ratio: int,
+    aligned: bool,
+    canonical_box_size: float,
+    canonical_level: int,
+    level_rounding: str,
+) -> tuple[Tensor, Tensor]:
+    output, argmax = _fake_roi_align(features, boxes, pooled_height, pooled_width, maximum)
+    if not output.numel():
+        return output, argmax
+    rule = LevelRule(canonical_box_size, canonical_level, level_rounding)
+    channels = features[0].shape[1]
+    block = min(CHANNELS_PER_PROGRAM[output.element_size()], triton.next_power_of_2(channels))
+    bin_blocks = triton.cdiv(pooled_height * pooled_width, BINS_PER_PROGRAM)
+    with on_device_of(boxes):
+        _roi_align_forward_kernel[(len(boxes) * bin_blocks, triton.cdiv(channels, block))](
+            tuple(feature.contiguous(memory_format=torch.channels_last) for feature in features),
+            boxes.contiguous(),
+            output,
+            argmax,
+            tuple(pack_size(*feature.shape[2:]) for feature in features),
+            tuple(float64_bits(scale) for scale in spatial_scales),
+            features[0].shape[0],
+            C=channels,
+            PH=pooled_height,
+            PW=pooled_width,
+            RATIO=max(sampling_ratio, 0),
+            ALIGNED=aligned,
+            MAXIMUM=maximum,
+            THRESHOLDS=area_thresholds(*level_range(spatial_scales), rule, boxes.dtype),
+            CHANNELS_LAST=not output.is_contiguous(),
+            BINS=BINS_PER_PROGRAM,
+            CHANNELS=block,
+            num_warps=NUM_WARPS,
+            enable_fp_fusion=False,
+        )
+    return output, argmax
+
+
+def _fake_roi_align(
+    features: Sequence[Tensor], boxes: Tensor, pooled_height: int, pooled_width: int, maximum: bool, *_: object
+) -> tuple[Tensor, Tensor]:
+    first = features[0]
+    shape = (boxes.shape[0], first.shape[1], pooled_height, pooled_width)
+    format = memory_format(first)
+    output = torch.empty(shape, dtype=first.dtype, device=first.device, memory_format=format)
+    if not maximum:
+        return output, torch.empty(0, dtype=torch.int32, device=first.device)
+    return output, torch.empty(shape, dtype=torch.int32, device=first.device, memory_format=format)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    features, boxes, _, _, ctx.maximum, *ctx.rule = inputs
+    _, argmax = output
+    ctx.save_for_backward(boxes, argmax)
+    ctx.sizes = [features[0].shape[0], *(side for feature in features for side in feature.shape[2:])]
+    ctx.channels_last = memory_format(features[0]) == torch.channels_last
+
+
+def _backward(ctx, grad, _):
+    boxes, argmax = ctx.saved_tensors
+    grads = roi_align_backward(grad, boxes, argmax, ctx.sizes, ctx.channels_last, ctx.maximum, *ctx.rule)
+    return grads, *[None] * 10
+
+
+_roi_align = register(
+    "roi_align(Tensor[] features, Tensor boxes, SymInt pooled_height, SymInt pooled_width, bool maximum,"
+    " float[] spatial_scales, int sampling_ratio, bool aligned, float canonical_box_size, int canonical_level,"
+    " str level_rounding) -> (Tensor, Tensor)",
+    reference=roi_align_reference,
+    launch=_launch_roi_align,
+    fake=_fake_roi_align,
+    backward=_backward,
+    setup_context=_setup_context,
+)
+
+
+def multiscale_roi_align(
+    features: Sequence[Tensor],
+    boxes: Tensor | Sequence[Tensor],
+    output_size: int | tuple[int, int],
+    spatial_scales: Sequence[float],
+    sampling_ratio: int = 2,
+    aligned: bool = False,
+    *,
+    reduction: str = "mean",
+    canonical_box_size: float = 224,
+    canonical_level: int = 4,
+    level_rounding: str = "torchvision",
+) -> Tensor:
+    """RoIAlign of each box from its own level of a feature pyramid, in one launch and without a host wait.
+
+    Args:
+        features: L >= 1 maps `[N, C, H_l, W_l]`, floating, finest first. Mixed dtypes are promoted to the widest.
+            channels_last is the fast path.
+        boxes: `[K, 5]`, `(image, x1, y1, x2, y2)`, or one `[K_n, 4]` per image; in image pixels, continuous
+            coordinates. Kept in float32 whatever the features are (float64 with float64 features). Boxes that
+            are not finite have zero features. No gradient flows to boxes.
+        output_size: bins, `(PH, PW)` or one number for both.
+        spatial_scales: L feature pixels per image pixel, `2 ** -level` for consecutive levels.
+        sampling_ratio: samples per bin and axis; 0 or less: `ceil(bin size)`.
+        aligned: shift boxes by half a feature pixel (detectron2's `ROIAlignV2`), and no minimum size of 1.
+        reduction: `"mean"` or `"max"` of the samples of a bin (He et al. 2017, Table 2c).
+        canonical_box_size, canonical_level: a box of this side, in pixels, is pooled from this level
+            (Lin et al. 2017, eq. 1).
+        level_rounding: `"torchvision"` or `"detectron2"`: whose boundary between levels is reproduced exactly.
+
+    Returns:
+        `[K, C, PH, PW]` in the features' dtype and the first one's memory format, differentiable with respect to
+        the features, twice for the mean. Forward and backward are deterministic.
+
+    Raises:
+        TypeError: features or boxes are not floating.
+        ValueError: a wrong shape, size, scale, device or name; on the CPU also an image index outside [0, N).
+            On an accelerator that check would have to wait for the device: such boxes have zero features.
+    """
+    features = _checked_features(features)
+    rois = roi_format(boxes, features[0])
+    pooled_height, pooled_width = checked_output_size(output_size)
+    scales = [float(scale) for scale in spatial_scales]
+    if len(scales) != len(features) or not all(0 < scale < float("inf") for scale in scales):
+        raise ValueError(f"spatial_scales: expected {len(features)} positive numbers, got {scales}")
+    if reduction not in ("mean", "max"):
+        raise ValueError(f'reduction: expected "mean" or "max", got {reduction!r}')
+    if not 0 < canonical_box_size < float("inf"):
+        raise ValueError(f"canonical_box_size: expected a positive number, got {canonical_box_size}")
+    if level_rounding not in ROUNDINGS:
+        raise ValueError(f"level_rounding: expected one of {ROUNDINGS}, got {level_rounding!r}")
+    first, last = level_range(scales)
+    if len(scales) > 1 and last < first:
+        raise ValueError(f"spatial_scales: expected the finest level first, got {scales}")
+    if level_rounding == "detectron2" and last - first + 1 != len(scales):
+        raise ValueError(f"spatial_scales: expected consecutive powers of 2, got {scales}")
+    output, _ = _roi_align(
+        features,
+        rois,
+        pooled_height,
+        pooled_width,
+        reduction == "max",
+        scales,
+        sampling_ratio,
+        aligned,
+        float(canonical_box_size),
+        canonical_level,
+        level_rounding,
+    )
+    return output
+
+
+def roi_align(
+    input: Tensor,
+    boxes: Tensor | Sequence[Tensor],
+    output_size: int | tuple[int, int],
+    spatial_scale: float = 1.0,
+    sampling_ratio: int = -1,
+    aligned: bool = False,
+    *,
+    reduction: str = "mean",
+) -> Tensor:
+    """RoIAlign on one feature map: `torchvision.ops.roi_align`, and the maximum besides.
+
+    Args:
+        input: `[N, C, H, W]` features, floating.
+        boxes: `[K, 5]`, `(image, x1, y1, x2, y2)`, or one `[K_n, 4]` per image, in image pixels.
+        output_size: bins, `(PH, PW)` or one number for both.
+        spatial_scale: feature pixels per image pixel.
+        sampling_ratio: samples per bin and axis; 0 or less: `ceil(bin size)`.
+        aligned: shift boxes by half a feature pixel, and no minimum size of 1.
+        reduction: `"mean"` or `"max"` of the samples of a bin.
+
+    Returns:
+        `[K, C, PH, PW]`; see `multiscale_roi_align`, of which this is the case of one level, also for errors.
+    """
+    return multiscale_roi_align(
+        [input], boxes, output_size, [spatial_scale], sampling_ratio, aligned, reduction=reduction
+    )
+
+
+def _checked_features(features: Sequence[Tensor]) -> list[Tensor]:
+    """The levels in their widest dtype."""
+    features = list(features)
+    if not features:
+        raise ValueError("features: expected at least one level, got none")
+    first = features[0]
+    for level, feature in enumerate(features):
+        if not feature.is_floating_point():
+            raise TypeError(f"features: expected a floating dtype, got {feature.dtype} at level {level}")
+        if feature.ndim != 4 or feature.shape[:2] != first.shape[:2]:
+            raise ValueError(
+                f"features: expected [N, C, H, W] with the same N and C at each level,"
+                f" got {[list(feature.shape) for feature in features]}"
+            )
+        if feature.device != first.device:
+            raise ValueError(f"features: expected all on {first.device}, got {feature.device} at level {level}")
+    dtype = first.dtype
+    for feature in features:
+        dtype = torch.promote_types(dtype, feature.dtype)
+    return [feature.to(dtype) for feature in features]

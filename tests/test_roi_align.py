@@ -1,0 +1,454 @@
+"""RoIAlign on one level and on a pyramid: against torchvision, hand tables and a float64 oracle."""
+
+import math
+
+import pytest
+import torch
+import torchvision
+from conftest import assert_within_budget
+from hypothesis import given
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import fastmask
+from fastmask import multiscale_roi_align, roi_align
+
+NAN, INF = math.nan, math.inf
+SCALES = [1 / 4, 1 / 8]
+
+
+def oracle(boxes, level_of, sizes, images, pooled, scales, ratio, aligned):
+    """RoIAlign's mean as a matrix `[K * PH * PW, pixels]` per level, and one of weights that bounds its error.
+
+    A coordinate is rounded three times at most, which moves a sample by a tenth of the float32 budget
+    times the coordinate, and each of its four weights by as much.
+    """
+    bins = pooled[0] * pooled[1]
+    matrices = [torch.zeros(len(boxes) * bins, images * h * w, dtype=torch.float64) for h, w in sizes]
+    bounds = [torch.zeros_like(matrix) for matrix in matrices]
+    for k, (image, *box) in enumerate(boxes.double().tolist()):
+        level = level_of[k]
+        (height, width), scale = sizes[level], scales[level]
+        x1, y1, x2, y2 = (v * scale - (0.5 if aligned else 0) for v in box)
+        bin_h, bin_w = y2 - y1, x2 - x1
+        if not aligned:
+            bin_h, bin_w = max(bin_h, 1), max(bin_w, 1)
+        bin_h, bin_w = bin_h / pooled[0], bin_w / pooled[1]
+        grid_h, grid_w = (ratio, ratio) if ratio > 0 else (math.ceil(bin_h), math.ceil(bin_w))
+        count = max(grid_h * grid_w, 1)
+        for b in range(bins):
+            p, q = divmod(b, pooled[1])
+            for i in range(grid_h):
+                for j in range(grid_w):
+                    y, x = y1 + (p + (i + 0.5) / grid_h) * bin_h, x1 + (q + (j + 0.5) / grid_w) * bin_w
+                    if y < -1 or y > height or x < -1 or x > width:
+                        continue
+                    y, x = min(max(y, 0), height - 1), min(max(x, 0), width - 1)
+                    for row in {int(y), min(int(y) + 1, height - 1)}:
+                        for column in {int(x), min(int(x) + 1, width - 1)}:
+                            at = (int(image) * height + row) * width + column
+                            weight = (1 - abs(y - row)) * (1 - abs(x - column)) / count
+                            matrices[level][k * bins + b, at] += weight
+                            bounds[level][k * bins + b, at] += weight + 0.1 * (y + x + 2) / count
+    return matrices, bounds
+
+
+def draw_boxes(k, images, side, seed, dtype=torch.float32):
+    """Boxes inside, across and beyond an image of side x side pixels."""
+    g = torch.Generator().manual_seed(seed)
+    corner = torch.rand(k, 2, generator=g) * side * 1.3 - side * 0.2
+    size = torch.exp(torch.randn(k, 2, generator=g) * 0.8) * side * 0.3
+    image = torch.randint(0, images, (k, 1), generator=g)
+    return torch.cat([image, corner, corner + size], 1).to(dtype)
+
+
+def draw_pyramid(sizes, dtype=torch.float32, images=2, channels=5, seed=0, layout=torch.contiguous_format):
+    g = torch.Generator().manual_seed(seed)
+    levels = [torch.randn(images, channels, h, w, generator=g).to(dtype) for h, w in sizes]
+    return [level.to(memory_format=layout) for level in levels]
+
+
+def as_rows(feature):
+    """`[pixels, C]` float64 from `[N, C, H, W]`."""
+    return feature.detach().double().cpu().permute(0, 2, 3, 1).flatten(0, 2)
+
+
+CASES = [  # dtype, layout, ratio, aligned, reduction
+    (torch.float32, torch.contiguous_format, 2, False),
+    (torch.float32, torch.channels_last, 2, True),
+    (torch.float32, torch.channels_last, 0, False),
+    (torch.float32, torch.contiguous_format, -1, True),
+    (torch.float32, torch.channels_last, 3, True),
+    (torch.float64, torch.channels_last, 2, False),
+    (torch.float64, torch.contiguous_format, 0, True),
+    (torch.float16, torch.channels_last, 2, False),
+    (torch.bfloat16, torch.channels_last, 2, False),
+    (torch.bfloat16, torch.contiguous_format, 0, True),
+]
+
+
+@pytest.mark.parametrize(("dtype", "layout", "ratio", "aligned"), CASES)
+def test_forward_and_backward_match_the_oracle(dtype, layout, ratio, aligned, device):
+    sizes, pooled = [(9, 13), (5, 7)], (3, 2)
+    features = draw_pyramid(sizes, dtype, layout=layout)
+    boxes = draw_boxes(6, 2, 48, seed=ratio + 7, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    level_of = [int(area >= 24**2) for area in (boxes[:, 3:] - boxes[:, 1:3]).double().prod(1)]
+    assert 0 < sum(level_of) < len(boxes)
+    matrices, bounds = oracle(boxes, level_of, sizes, 2, pooled, SCALES, ratio, aligned)
+
+    leaves = [feature.to(device).requires_grad_() for feature in features]
+    out = multiscale_roi_align(
+        leaves, boxes.to(device), pooled, SCALES, ratio, aligned, canonical_box_size=24, canonical_level=3
+    )
+    assert out.dtype == dtype
+    assert out.is_contiguous(memory_format=layout)
+    exact = sum(matrix @ as_rows(feature) for matrix, feature in zip(matrices, features, strict=True))
+    bound = sum(matrix @ as_rows(feature).abs() for matrix, feature in zip(bounds, features, strict=True))
+    assert_within_budget(as_rows(out), exact, bound, dtype)
+
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    grads = torch.autograd.grad(out, leaves, grad.to(device))
+    for got, matrix, weights in zip(grads, matrices, bounds, strict=True):
+        assert got.dtype == dtype
+        assert_within_budget(as_rows(got), matrix.T @ as_rows(grad), weights.T @ as_rows(grad).abs(), dtype)
+
+
+def test_the_oracle_is_torchvisions():
+    features = draw_pyramid([(9, 13)], torch.float64)
+    boxes = draw_boxes(12, 2, 40, seed=3, dtype=torch.float64)
+    for ratio in (0, 2):
+        for aligned in (False, True):
+            (matrix,), _ = oracle(boxes, [0] * 12, [(9, 13)], 2, (3, 2), [0.25], ratio, aligned)
+            theirs = torchvision.ops.roi_align(features[0], boxes, (3, 2), 0.25, ratio, aligned)
+            torch.testing.assert_close(matrix @ as_rows(features[0]), as_rows(theirs), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("ratio", [2, 0])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_maximum_is_that_of_the_samples(ratio, layout, device):
+    # Of a bin split into single-sample bins, the mean of each is the sample itself.
+    (feature,) = draw_pyramid([(8, 9)], torch.float64, layout=layout)
+    boxes = torch.tensor([[0, 1.3, 0.7, 20.1, 21.0], [1, -9, 4, 30, 40.0], [1, 60, 60, 70, 70]], dtype=torch.float64)
+    grid = ratio if ratio > 0 else 3  # ceil of every bin's size here, so that the splits coincide
+    if ratio == 0:
+        boxes[:, 3:] = boxes[:, 1:3] + torch.tensor([20.5, 21.5], dtype=torch.float64)
+    split = roi_align(feature, boxes, 2 * grid, 0.25, 1)
+    samples = split.unfold(2, grid, grid).unfold(3, grid, grid)
+    leaf = feature.to(device).requires_grad_()
+    out = roi_align(leaf, boxes.to(device), 2, 0.25, ratio, reduction="max")
+    torch.testing.assert_close(out.cpu(), samples.amax((-1, -2)), rtol=0, atol=1e-13)
+    assert out[2].eq(0).all()
+
+    grad = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    (got,) = torch.autograd.grad(out, leaf, grad.to(device))
+    first = samples.flatten(-2).argmax(-1, keepdim=True)
+    to_split = torch.zeros_like(samples).flatten(-2).scatter(-1, first, grad[..., None])
+    to_split = to_split.unflatten(-1, (grid, grid)).permute(0, 1, 2, 4, 3, 5).reshape(split.shape)
+    again = feature.clone().requires_grad_()
+    (want,) = torch.autograd.grad(roi_align(again, boxes, 2 * grid, 0.25, 1), again, to_split)
+    torch.testing.assert_close(got.cpu(), want, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("form", ["tensor", "list"])
+@pytest.mark.parametrize("aligned", [False, True])
+def test_one_level_is_torchvisions(form, aligned, device):
+    (feature,) = draw_pyramid([(11, 14)])
+    boxes = draw_boxes(5, 2, 30, seed=5)
+    boxes = boxes[boxes[:, 0].argsort()]
+    if form == "list":
+        boxes = [boxes[boxes[:, 0] == image, 1:] for image in range(2)]
+    theirs = torchvision.ops.roi_align(feature, boxes, (2, 3), 0.5, 2, aligned)
+    moved = [b.to(device) for b in boxes] if form == "list" else boxes.to(device)
+    ours = roi_align(feature.to(device), moved, (2, 3), 0.5, 2, aligned)
+    torch.testing.assert_close(ours.cpu(), theirs, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("levels", [1, 2, 4, 6])
+def test_a_pyramid_is_torchvisions(levels, device):
+    sizes = [(max(64 >> l, 1), max(96 >> l, 1)) for l in range(levels)]
+    names, scales = [str(l) for l in range(levels)], [2.0 ** -(l + 2) for l in range(levels)]
+    features = draw_pyramid(sizes, channels=3)
+    boxes = torch.cat(
+        [
+            draw_boxes(6, 2, 250, seed=levels),
+            torch.tensor([[0, 0, 0, 112, 112], [1, 5, 5, 5, 5], [1, 0, 0, 384, 256], [0, 30, 40, 10, 80.0]]),
+        ]
+    )
+    boxes = boxes[boxes[:, 0].argsort(stable=True)]
+    per_image = [boxes[boxes[:, 0] == image, 1:] for image in range(2)]
+    pool = torchvision.ops.MultiScaleRoIAlign(names, 2, 2)
+    theirs = pool(dict(zip(names, features, strict=True)), per_image, [(256, 384)] * 2)
+    ours = multiscale_roi_align([f.to(device) for f in features], boxes.to(device), 2, scales)
+    torch.testing.assert_close(ours.cpu(), theirs, rtol=2e-6, atol=2e-6)
+
+
+def test_a_hand_table(device):
+    # Bins of half a pixel, one sample each, on a ramp 5y + x: the value is 6 * 1.25 at (1.25, 1.25), and so on.
+    ramp = torch.arange(25.0, device=device).view(1, 1, 5, 5)
+    box = torch.tensor([[0, 1, 1, 3, 3.0]], device=device)
+    step = torch.arange(4) / 2
+    for aligned, start in ((False, 1.25), (True, 0.75)):
+        table = 5 * (start + step[:, None]) + start + step
+        assert torch.equal(roi_align(ramp, box, 4, 1.0, 0, aligned).cpu()[0, 0], table)
+
+
+def test_absurd_boxes_have_no_features_and_no_gradient(device):
+    (feature,) = draw_pyramid([(6, 7)])
+    leaf = feature.to(device).requires_grad_()
+    absurd = [[0, NAN, 0, 5, 5], [0, 0, 0, INF, 5], [0, -INF, 0, 5, 5], [1, 0, 0, 5, NAN], [0, -3e38, 0, 3e38, 9]]
+    for reduction in ("mean", "max"):
+        for ratio in (0, 2):
+            out = roi_align(leaf, torch.tensor(absurd, device=device), 2, 1.0, ratio, True, reduction=reduction)
+            assert out.eq(0).all()
+            assert torch.autograd.grad(out.sum(), leaf)[0].eq(0).all()
+
+
+def test_a_box_of_a_billion_pixels_takes_no_longer_than_the_image(device):
+    (feature,) = draw_pyramid([(6, 7)], torch.float64)
+    far = torch.tensor([[0, -1e9, -1e9, 1e9, 1e9], [1, -100, -100, 100, 100]], dtype=torch.float64)
+    leaf = feature.to(device).requires_grad_()
+    out = roi_align(leaf, far.to(device), 2, 1.0, 0)
+    # The second is small enough to be sampled whole, by torchvision.
+    torch.testing.assert_close(
+        out[1:].cpu(), torchvision.ops.roi_align(feature, far[1:], 2, 1.0, 0), rtol=0, atol=1e-13
+    )
+    assert out[0].abs().max() < 1e-12
+    assert torch.autograd.grad(out.sum(), leaf)[0].isfinite().all()
+
+
+def test_an_empty_box_has_no_samples_when_aligned(device):
+    (feature,) = draw_pyramid([(6, 7)])
+    leaf = feature.to(device).requires_grad_()
+    out = roi_align(leaf, torch.tensor([[0, 2, 3, 5, 3.0]], device=device), 3, 1.0, 0, True)
+    assert out.eq(0).all()
+    assert torch.autograd.grad(out.sum(), leaf)[0].eq(0).all()
+
+
+@pytest.mark.parametrize("rounding", ["torchvision", "detectron2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_boxes_on_a_boundary_between_levels_go_where_the_peers_send_them(rounding, dtype, device):
+    # A box `[0, 0, area, 1]` has that area to the bit; each level is filled with its number.
+    areas = torch.tensor([112.0, 224, 448], dtype=dtype).square()
+    bits = areas.view(torch.int32 if dtype == torch.float32 else torch.int64)
+    steps = torch.tensor([-90, -41, -40, -22, -3, -2, -1, 0, 1, 7], dtype=bits.dtype)
+    if dtype == torch.float64:
+        steps *= 2**20
+    areas = torch.cat([(bits[:, None] + steps).flatten().view(dtype), areas * (1 - 1.2e-6), areas * (1 - 1.5e-6)])
+    boxes = torch.zeros(len(areas), 5, dtype=dtype)
+    boxes[:, 3], boxes[:, 4] = areas, 1
+    if rounding == "torchvision":
+        want = torchvision.ops.poolers.LevelMapper(2, 5)([boxes[:, 1:]]) + 2
+    else:
+        want = (4 + torch.log2(areas.sqrt() / 224 + 1e-8)).floor().clamp(2, 5).long()
+    assert len(want.unique()) == 4
+    # Wide enough for the one sample, in the middle of a box that is one pixel high.
+    levels = [torch.full((1, 1, 2, 7000), float(l), dtype=dtype, device=device) for l in (2, 3, 4, 5)]
+    scales = [2.0**-l for l in (2, 3, 4, 5)]
+    out = multiscale_roi_align(levels, boxes.to(device), 1, scales, 1, level_rounding=rounding)
+    assert torch.equal(out.flatten().round().long().cpu(), want)
+
+
+def test_a_level_missing_from_the_pyramid_gives_zeros_like_torchvision(device):
+    names, sizes = ["a", "b"], [(64, 64), (16, 16)]
+    features = draw_pyramid(sizes, images=1)
+    boxes = torch.tensor([[0, 0, 0, 50, 50], [0, 0, 0, 300, 300], [0, 0, 0, 500, 500.0]])
+    pool = torchvision.ops.MultiScaleRoIAlign(names, 2, 2)
+    theirs = pool(dict(zip(names, features, strict=True)), [boxes[:, 1:]], [(512, 512)])
+    ours = multiscale_roi_align([f.to(device) for f in features], boxes.to(device), 2, [1 / 8, 1 / 32])
+    torch.testing.assert_close(ours.cpu(), theirs, rtol=2e-6, atol=2e-6)
+    assert theirs[2].eq(0).all()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "max"])
+def test_nothing_to_pool(reduction, device):
+    (feature,) = draw_pyramid([(6, 7)])
+    leaf = feature.to(device).requires_grad_()
+    for boxes in (torch.zeros(0, 5, device=device), [torch.zeros(0, 4, device=device)] * 2, []):
+        out = roi_align(leaf, boxes, 2, reduction=reduction)
+        assert out.shape == (0, 5, 2, 2)
+        assert torch.autograd.grad(out.sum(), leaf)[0].eq(0).all()
+    for shape in ((0, 5, 6, 7), (2, 0, 6, 7)):
+        boxes = torch.zeros(0 if not shape[0] else 1, 5, device=device)
+        assert roi_align(torch.zeros(shape, device=device), boxes, 2).shape == (len(boxes), shape[1], 2, 2)
+    no_pixels = [torch.zeros(1, 2, 8, 8, device=device), torch.zeros(1, 2, 0, 4, device=device)]
+    boxes = torch.tensor([[0, 0, 0, 900, 900.0]], device=device)
+    assert multiscale_roi_align(no_pixels, boxes, 2, [1 / 4, 1 / 8]).eq(0).all()
+
+
+def test_non_contiguous_inputs(device):
+    (feature,) = draw_pyramid([(12, 14)], images=4, channels=6)
+    boxes = draw_boxes(4, 2, 10, seed=1)
+    want = roi_align(feature[::2, 1::2, 2:10, ::2].contiguous().to(device), boxes.to(device), 2)
+    moved, wide = feature.to(device), torch.zeros(4, 10, device=device)
+    wide[:, ::2] = boxes.to(device)
+    assert torch.equal(roi_align(moved[::2, 1::2, 2:10, ::2], wide[:, ::2], 2), want)
+
+
+def test_a_gradient_of_stride_zero(device):
+    (feature,) = draw_pyramid([(6, 7)])
+    leaf = feature.to(device).requires_grad_()
+    out = roi_align(leaf, draw_boxes(3, 2, 8, seed=2).to(device), 2)
+    (expanded,) = torch.autograd.grad(out.sum(), leaf, retain_graph=True)
+    assert torch.equal(expanded, torch.autograd.grad(out, leaf, torch.ones_like(out))[0])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "max"])
+def test_same_inputs_same_bits(reduction, device):
+    features = draw_pyramid([(9, 13), (5, 7)], channels=3)
+    boxes = draw_boxes(2, 2, 20, seed=4).repeat(4, 1).to(device)  # a crowd on the same pixels
+    leaves = [feature.to(device).requires_grad_() for feature in features]
+    runs = []
+    for _ in range(2):
+        out = multiscale_roi_align(leaves, boxes, 2, SCALES, reduction=reduction)
+        runs.append([out, *torch.autograd.grad(out, leaves, torch.ones_like(out))])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_gradcheck(device):
+    features = [f.to(device).requires_grad_() for f in draw_pyramid([(5, 4), (3, 2)], torch.float64, 1, 1)]
+    boxes = torch.tensor([[0, 1.2, 2.1, 15.3, 12.2], [0, 0.2, 1.1, 60, 50]], dtype=torch.float64, device=device)
+
+    def pool(*levels, reduction="mean"):
+        return multiscale_roi_align(levels, boxes, 2, SCALES, canonical_box_size=24, reduction=reduction)
+
+    assert torch.autograd.gradcheck(pool, features, fast_mode=True)
+    assert torch.autograd.gradgradcheck(pool, features, fast_mode=True)
+    assert torch.autograd.gradcheck(lambda *levels: pool(*levels, reduction="max"), features, fast_mode=True)
+    second = torch.autograd.grad(pool(*features, reduction="max").square().sum(), features, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivative"):
+        torch.autograd.grad(sum(g.sum() for g in second), features)
+
+
+RULE = (SCALES, 2, False, 224.0, 4, "torchvision")
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("maximum", [False, True])
+def test_are_registered_operators(maximum, layout, device):
+    features = [f.to(device) for f in draw_pyramid([(6, 7), (3, 4)], layout=layout)]
+    boxes = draw_boxes(3, 2, 24, seed=6).to(device)
+    leaves = [feature.requires_grad_() for feature in features]
+    torch.library.opcheck(torch.ops.fastmask.roi_align.default, (leaves, boxes, 2, 3, maximum, *RULE))
+    out, argmax = torch.ops.fastmask.roi_align(features, boxes, 2, 3, maximum, *RULE)
+    grad = torch.ones_like(out).requires_grad_(not maximum)
+    last = layout == torch.channels_last
+    arguments = (grad, boxes, argmax, [2, 6, 7, 3, 4], last, maximum, *RULE)
+    torch.library.opcheck(torch.ops.fastmask.roi_align_backward.default, arguments)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_whole_forward_and_backward(dynamic, device):
+    def pool(features, boxes):
+        return multiscale_roi_align(features, [boxes, boxes + 1], (2, 2), SCALES).square().sum()
+
+    compiled = torch.compile(pool, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for sizes, k in (([(6, 7), (3, 4)], 2), ([(8, 7), (4, 4)], 3)):
+        features = [f.to(device).requires_grad_() for f in draw_pyramid(sizes)]
+        boxes = draw_boxes(k, 2, 24, seed=k)[:, 1:].to(device)
+        want, got = pool(features, boxes), compiled(features, boxes)
+        assert torch.equal(got, want)
+        for a, b in zip(torch.autograd.grad(got, features), torch.autograd.grad(want, features), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_runs_on_fake_tensors():
+    with FakeTensorMode():
+        features = [torch.empty(2, 5, 6, 7, dtype=torch.bfloat16, requires_grad=True) for _ in "ab"]
+        out = multiscale_roi_align(features, torch.empty(9, 5), 7, [1 / 4, 1 / 8])
+        assert (out.shape, out.dtype) == ((9, 5, 7, 7), torch.bfloat16)
+        assert [g.shape for g in torch.autograd.grad(out.sum(), features)] == [(2, 5, 6, 7)] * 2
+
+
+def test_autocast_keeps_half_precision_and_the_boxes_in_float32(device):
+    features = [f.to(device) for f in draw_pyramid([(6, 7), (3, 4)])]
+    boxes = draw_boxes(3, 2, 24, seed=8).to(device)
+    with torch.autocast(device, torch.bfloat16):
+        half = multiscale_roi_align([f.bfloat16() for f in features], boxes, 2, SCALES)
+        mixed = multiscale_roi_align([features[0], features[1].bfloat16()], boxes, 2, SCALES)
+    assert half.dtype == torch.bfloat16
+    assert mixed.dtype == torch.float32
+    exact = multiscale_roi_align([f.bfloat16().float() for f in features], boxes, 2, SCALES)
+    torch.testing.assert_close(half.float(), exact, rtol=2**-7, atol=0)  # rounded once
+    # An index that bfloat16 cannot hold: 257 would become 256.
+    many = torch.arange(258.0, device=device).view(-1, 1, 1, 1).expand(-1, 1, 2, 2)
+    lists = [torch.empty(0, 4, device=device, dtype=torch.bfloat16)] * 257
+    lists.append(torch.tensor([[0, 0, 1, 1]], device=device, dtype=torch.bfloat16))
+    assert roi_align(many, lists, 1).item() == 257
+
+
+@given(data=st.data())
+def test_any_shape_is_torchvisions(data):
+    n, c, h, w, k, ph, pw, ratio = (
+        data.draw(st.integers(low, high))
+        for low, high in ((1, 2), (1, 20), (1, 9), (1, 9), (0, 3), (1, 3), (1, 3), (-1, 3))
+    )
+    aligned, scale = data.draw(st.booleans()), data.draw(st.sampled_from([1.0, 0.5, 0.3]))
+    coordinate = st.floats(-20, 40, width=32)
+    boxes = [[data.draw(st.integers(0, n - 1)), *data.draw(st.tuples(*[coordinate] * 4))] for _ in range(k)]
+    boxes = torch.tensor(boxes, dtype=torch.float32).view(-1, 5)
+    (feature,) = draw_pyramid([(h, w)], images=n, channels=c)
+    theirs = torchvision.ops.roi_align(feature, boxes, (ph, pw), scale, ratio, aligned)
+    torch.testing.assert_close(
+        roi_align(feature, boxes, (ph, pw), scale, ratio, aligned), theirs, rtol=1e-5, atol=1e-5
+    )
+
+
+F, B = torch.zeros(2, 3, 4, 4), torch.zeros(1, 5)
+
+
+@pytest.mark.parametrize(
+    ("error", "named", "call"),
+    [
+        (ValueError, "features: expected at least one level", lambda: multiscale_roi_align([], B, 2, [])),
+        (TypeError, "features: expected a floating", lambda: roi_align(F.int(), B, 2)),
+        (ValueError, r"features: expected \[N, C, H, W\]", lambda: roi_align(F[0], B, 2)),
+        (ValueError, "same N and C", lambda: multiscale_roi_align([F, F[:1]], B, 2, SCALES)),
+        (ValueError, "features: expected all on", lambda: multiscale_roi_align([F, F.to("meta")], B, 2, SCALES)),
+        (ValueError, r"boxes: expected \[K, 5\]", lambda: roi_align(F, B[:, :4], 2)),
+        (ValueError, r"boxes: expected a list of \[L, 4\]", lambda: roi_align(F, [B], 2)),
+        (ValueError, "boxes: expected at most one tensor per image, 2", lambda: roi_align(F, [B[:, :4]] * 3, 2)),
+        (TypeError, "boxes: expected a floating", lambda: roi_align(F, B.int(), 2)),
+        (ValueError, "boxes: expected on cpu", lambda: roi_align(F, B.to("meta"), 2)),
+        (ValueError, "output_size: expected bins >= 1", lambda: roi_align(F, B, (2, 0))),
+        (ValueError, "spatial_scales: expected 1 positive", lambda: roi_align(F, B, 2, -0.5)),
+        (ValueError, "spatial_scales: expected 2", lambda: multiscale_roi_align([F, F], B, 2, [0.25])),
+        (ValueError, "finest level first", lambda: multiscale_roi_align([F, F], B, 2, SCALES[::-1])),
+        (
+            ValueError,
+            "consecutive powers of 2",
+            lambda: multiscale_roi_align([F, F], B, 2, [1 / 4, 1 / 16], level_rounding="detectron2"),
+        ),
+        (ValueError, 'reduction: expected "mean" or "max"', lambda: roi_align(F, B, 2, reduction="sum")),
+        (
+            ValueError,
+            "level_rounding: expected one of",
+            lambda: multiscale_roi_align([F], B, 2, [1], level_rounding="mmdet"),
+        ),
+        (
+            ValueError,
+            "canonical_box_size: expected a positive",
+            lambda: multiscale_roi_align([F], B, 2, [1], canonical_box_size=0),
+        ),
+    ],
+)
+def test_bad_arguments_are_named(error, named, call):
+    with pytest.raises(error, match=named):
+        call()
+
+
+@pytest.mark.reference_only
+@pytest.mark.parametrize("index", [-1, 2, NAN])
+def test_an_image_that_is_not_there(index):
+    boxes = torch.tensor([[0, 0, 0, 2, 2], [index, 0, 0, 2, 2.0]])
+    with pytest.raises(ValueError, match=r"boxes: expected image indices in \[0, 2\).* in row 1"):
+        roi_align(F, boxes, 2)
+
+
+def test_kernels_give_an_image_that_is_not_there_no_features(device):
+    if device == "cpu" and not fastmask.kernels._runtime.INTERPRETED:
+        device = "meta"  # the reference raises instead: only the launch is checked
+    boxes = torch.tensor([[-1, 0, 0, 2, 2], [2, 0, 0, 2, 2], [NAN, 0, 0, 2, 2], [1, 0, 0, 2, 2.0]], device=device)
+    out = roi_align(torch.ones(2, 3, 4, 4, device=device), boxes, 2)
+    assert out.shape == (4, 3, 2, 2)
+    if device != "meta":
+        assert out.amax((1, 2, 3)).tolist() == [0, 0, 0, 1]
