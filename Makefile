@@ -20,7 +20,7 @@ test: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 # Not in .venv: a machine with a GPU has its own torch. Set PYTHON to the one to use.
 gpu-check:

@@ -1,5 +1,26 @@
 """Triton kernels for two-stage detectors, behind drop-in PyTorch operators."""
 
+from fastmask import boxes
+from fastmask.kernels.nms import batched_nms, nms, nms_padded
+from fastmask.kernels.paste_masks import paste_masks
 from fastmask.kernels.roi_align import multiscale_roi_align, roi_align
+from fastmask.kernels.roi_pool import roi_pool, roi_warp
+from fastmask.modules import MultiScaleRoIAlign, RoIAlign, RoIPool, RoIWarp
 
-__all__ = ["multiscale_roi_align", "roi_align"]
+__version__ = "0.1.0"
+
+__all__ = [
+    "MultiScaleRoIAlign",
+    "RoIAlign",
+    "RoIPool",
+    "RoIWarp",
+    "batched_nms",
+    "boxes",
+    "multiscale_roi_align",
+    "nms",
+    "nms_padded",
+    "paste_masks",
+    "roi_align",
+    "roi_pool",
+    "roi_warp",
+]

@@ -1,4 +1,4 @@
-"""What every kernel file needs and no maths: Triton where there is one, registration, launching.
+"""What every kernel file needs: Triton where there is one, registration, launching, numbers passed exactly.
 
 One switch decides what runs, and it is Triton's own: kernels on an accelerator; references on CPU tensors;
 kernels on CPU tensors too, interpreted, when `TRITON_INTERPRET=1` was set before the import.
@@ -7,16 +7,22 @@ kernels on CPU tensors too, interpreted, when `TRITON_INTERPRET=1` was set befor
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    import triton
-    import triton.language as tl
+
+    class _Language(Any):
+        """Triton's language, whose names mean inside a kernel what no type checker can tell."""
+
+        constexpr: TypeAlias = Any
+
+    triton: Any = None
+    tl = _Language
 else:
     try:
         import triton
@@ -59,9 +65,7 @@ def register(
         LIBRARY.impl(name, torch.library.fallthrough_kernel, device)
     torch.library.register_fake(f"fastmask::{name}", fake, lib=LIBRARY)
     if backward is not None:
-        torch.library.register_autograd(
-            f"fastmask::{name}", backward, setup_context=setup_context, lib=LIBRARY
-        )
+        torch.library.register_autograd(f"fastmask::{name}", backward, setup_context=setup_context, lib=LIBRARY)
     return getattr(torch.ops.fastmask, name).default
 
 
@@ -82,6 +86,23 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+@jit()
+def float_of(bits, dtype: tl.constexpr):
+    """The float that `float64_bits` made an integer of, rounded to `dtype`."""
+    return bits.to(tl.int64).to(tl.float64, bitcast=True).to(dtype)
+
+
+@jit()
+def divide(x, y):
+    """Rounded to nearest: Triton's `/` is approximate in float32, and its `div_rn` takes nothing wider."""
+    return x / y if x.dtype == tl.float64 else tl.div_rn(x, y)
+
+
+def triton_dtype(dtype: torch.dtype) -> Any:
+    """What kernels compute in: Triton's name of `compute_dtype`."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
 def pack_size(height: int, width: int) -> int:
     """A feature map's size in one odd 64-bit integer, for a tuple argument.
 
@@ -91,11 +112,15 @@ def pack_size(height: int, width: int) -> int:
     return 1 << 61 | height << 31 | width << 1 | 1
 
 
-def memory_format(tensor: Tensor) -> torch.memory_format:
-    """The format an output takes after `[N, C, H, W]` features: channels_last only where it is not contiguous."""
-    if tensor.is_contiguous() or not tensor.is_contiguous(memory_format=torch.channels_last):
-        return torch.contiguous_format
-    return torch.channels_last
+def is_channels_last(tensor: Tensor) -> bool:
+    """Whether outputs that follow `[N, C, H, W]` features are channels_last: not where both formats agree."""
+    return tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+
+
+def empty(like: Tensor, shape: Sequence[int], channels_last: bool, dtype: torch.dtype | None = None) -> Tensor:
+    """Uninitialised memory on the device of `like`, and of its dtype unless another is given."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=layout)
 
 
 def target_backend() -> str:

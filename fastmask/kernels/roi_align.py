@@ -17,6 +17,7 @@ float64 features), in a fixed order: same inputs, same bits.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,9 +25,12 @@ from torch.nn.functional import embedding_bag
 
 from fastmask.kernels._runtime import (
     compute_dtype,
+    divide,
+    empty,
     float64_bits,
+    float_of,
+    is_channels_last,
     jit,
-    memory_format,
     on_device_of,
     pack_size,
     register,
@@ -35,10 +39,9 @@ from fastmask.kernels._runtime import (
 )
 from fastmask.kernels.fpn_levels import ROUNDINGS, LevelRule, area_thresholds, level_range
 from fastmask.kernels.roi_align_backward import roi_align_backward
-from fastmask.kernels.roi_boxes import checked_output_size, roi_format
+from fastmask.kernels.roi_boxes import checked_features, checked_output_size, roi_format
 from fastmask.kernels.roi_sampling import (
     Samples,
-    divide,
     level_of,
     neighbours,
     sample_axis,
@@ -84,7 +87,8 @@ def roi_align_reference(
         if not len(rows) or not feature.numel():
             continue
         table = feature.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
-        level, table = table.shape[:3], table.reshape(-1, channels).to(compute_dtype(dtype))
+        level = (images, feature.shape[2], feature.shape[3])
+        table = table.reshape(-1, channels).to(compute_dtype(dtype))
         samples = sample_boxes(boxes[rows], level, pooled, scale, sampling_ratio, aligned, not maximum)
         if maximum:
             values, winner = _max_of_samples(table, samples)
@@ -113,9 +117,7 @@ def _max_of_samples(table: Tensor, samples: Samples) -> tuple[Tensor, Tensor]:
         visited = slice(int(first[0]), int(first[-1]))
         if visited.start == visited.stop:
             continue
-        sampled = embedding_bag(
-            samples.pixel[visited], table, mode="sum", per_sample_weights=samples.weight[visited]
-        )
+        sampled = embedding_bag(samples.pixel[visited], table, mode="sum", per_sample_weights=samples.weight[visited])
         offsets = first[:-1] - first[0]
         order = torch.arange(len(sampled), device=table.device)
         best, _, _, winner = torch.ops.aten._embedding_bag(sampled, order, offsets, False, 2)
@@ -179,7 +181,7 @@ def _roi_align_forward_kernel(
     value = tl.zeros((BINS, CHANNELS), dtype)
     winner = tl.zeros((BINS, CHANNELS), tl.int32)
     if pooled & (height > 0) & (width > 0):
-        x1, y1, x2, y2 = scaled_box(box, scale.to(tl.float64, bitcast=True).to(dtype), ALIGNED)
+        x1, y1, x2, y2 = scaled_box(box, float_of(scale, dtype), ALIGNED)
         row, column = (bin // PW).to(dtype), (bin % PW).to(dtype)
         base_y, bin_y, grid_y, skip_y, visit_y = sample_axis(y1, y2, row, height, PH, RATIO, ALIGNED)
         base_x, bin_x, grid_x, skip_x, visit_x = sample_axis(x1, x2, column, width, PW, RATIO, ALIGNED)
@@ -189,7 +191,19 @@ def _roi_align_forward_kernel(
                 for j in tl.static_range(RATIO):
                     left, right, before, after = neighbours(base_x, bin_x, grid_x, skip_x + j, width)
                     sampled = _sample(
-                        feature, top, bottom, above, below, left, right, before, after, width, channel, mask, C
+                        feature,
+                        top,
+                        bottom,
+                        above,
+                        below,
+                        left,
+                        right,
+                        before,
+                        after,
+                        width,
+                        channel,
+                        mask,
+                        C,
                     )
                     if MAXIMUM:
                         better = (sampled > value) | (i + j == 0)
@@ -205,7 +219,19 @@ def _roi_align_forward_kernel(
                     left, right, before, after = neighbours(base_x, bin_x, grid_x, skip_x + j, width)
                     before, after = tl.where(j < visit_x, before, 0.0), tl.where(j < visit_x, after, 0.0)
                     sampled = _sample(
-                        feature, top, bottom, above, below, left, right, before, after, width, channel, mask, C
+                        feature,
+                        top,
+                        bottom,
+                        above,
+                        below,
+                        left,
+                        right,
+                        before,
+                        after,
+                        width,
+                        channel,
+                        mask,
+                        C,
                     )
                     if MAXIMUM:
                         visited = ((i < visit_y) & (j < visit_x))[:, None]
@@ -274,26 +300,29 @@ def _launch_roi_align(
 
 
 def _fake_roi_align(
-    features: Sequence[Tensor], boxes: Tensor, pooled_height: int, pooled_width: int, maximum: bool, *_: object
+    features: Sequence[Tensor],
+    boxes: Tensor,
+    pooled_height: int,
+    pooled_width: int,
+    maximum: bool,
+    *_: object,
 ) -> tuple[Tensor, Tensor]:
-    first = features[0]
-    shape = (boxes.shape[0], first.shape[1], pooled_height, pooled_width)
-    format = memory_format(first)
-    output = torch.empty(shape, dtype=first.dtype, device=first.device, memory_format=format)
-    if not maximum:
-        return output, torch.empty(0, dtype=torch.int32, device=first.device)
-    return output, torch.empty(shape, dtype=torch.int32, device=first.device, memory_format=format)
+    shape = (boxes.shape[0], features[0].shape[1], pooled_height, pooled_width)
+    channels_last = is_channels_last(features[0])
+    output = empty(features[0], shape, channels_last)
+    argmax = empty(output, shape, channels_last, torch.int32) if maximum else output.new_empty(0, dtype=torch.int32)
+    return output, argmax
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     features, boxes, _, _, ctx.maximum, *ctx.rule = inputs
     _, argmax = output
     ctx.save_for_backward(boxes, argmax)
     ctx.sizes = [features[0].shape[0], *(side for feature in features for side in feature.shape[2:])]
-    ctx.channels_last = memory_format(features[0]) == torch.channels_last
+    ctx.channels_last = is_channels_last(features[0])
 
 
-def _backward(ctx, grad, _):
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
     boxes, argmax = ctx.saved_tensors
     grads = roi_align_backward(grad, boxes, argmax, ctx.sizes, ctx.channels_last, ctx.maximum, *ctx.rule)
     return grads, *[None] * 10
@@ -350,7 +379,7 @@ def multiscale_roi_align(
         ValueError: a wrong shape, size, scale, device or name; on the CPU also an image index outside [0, N).
             On an accelerator that check would have to wait for the device: such boxes have zero features.
     """
-    features = _checked_features(features)
+    features = checked_features(features, "features")
     rois = roi_format(boxes, features[0])
     pooled_height, pooled_width = checked_output_size(output_size)
     scales = [float(scale) for scale in spatial_scales]
@@ -410,25 +439,3 @@ def roi_align(
     return multiscale_roi_align(
         [input], boxes, output_size, [spatial_scale], sampling_ratio, aligned, reduction=reduction
     )
-
-
-def _checked_features(features: Sequence[Tensor]) -> list[Tensor]:
-    """The levels in their widest dtype."""
-    features = list(features)
-    if not features:
-        raise ValueError("features: expected at least one level, got none")
-    first = features[0]
-    for level, feature in enumerate(features):
-        if not feature.is_floating_point():
-            raise TypeError(f"features: expected a floating dtype, got {feature.dtype} at level {level}")
-        if feature.ndim != 4 or feature.shape[:2] != first.shape[:2]:
-            raise ValueError(
-                f"features: expected [N, C, H, W] with the same N and C at each level,"
-                f" got {[list(feature.shape) for feature in features]}"
-            )
-        if feature.device != first.device:
-            raise ValueError(f"features: expected all on {first.device}, got {feature.device} at level {level}")
-    dtype = first.dtype
-    for feature in features:
-        dtype = torch.promote_types(dtype, feature.dtype)
-    return [feature.to(dtype) for feature in features]

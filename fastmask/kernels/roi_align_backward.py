@@ -1,6 +1,7 @@
 """Gradient of RoIAlign with respect to the features, without atomics: every pixel gathers what it is owed.
 
-    grad_features[l][n, y, x, c] = sum over boxes k of (l, n), bins (p, q) of Wy[k, y, p] * Wx[k, x, q] * grad[k, c, p, q]
+    grad_features[l][n, c, y, x] = sum over boxes k of level l and image n, and over bins (p, q)
+                                   of Wy[k, y, p] * Wx[k, x, q] * grad[k, c, p, q]
 
 The mean over a bin's samples is separable: Wy[k, y, p] is the total weight, over the samples of row p, of feature
 row y, divided by their number. A program owns a tile of TILE x TILE pixels and a block of channels of one image and
@@ -18,6 +19,8 @@ product becomes a loop over the bins that reach the tile.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
@@ -25,7 +28,10 @@ from torch.nn.functional import embedding_bag
 from fastmask.kernels._runtime import (
     INTERPRETED,
     compute_dtype,
+    divide,
+    empty,
     float64_bits,
+    float_of,
     jit,
     on_device_of,
     pack_size,
@@ -37,7 +43,6 @@ from fastmask.kernels._runtime import (
 from fastmask.kernels.fpn_levels import LevelRule, area_thresholds, level_range
 from fastmask.kernels.roi_sampling import (
     Samples,
-    divide,
     level_of,
     position_of,
     sample_axis,
@@ -175,7 +180,7 @@ def _list_boxes_kernel(
     for index in tl.static_range(1, len(sizes)):
         if level == index:
             scale = scales[index]
-    scale = scale.to(tl.float64, bitcast=True).to(boxes.dtype.element_ty)
+    scale = float_of(scale, boxes.dtype.element_ty)
     listed += tile.to(tl.int64) * num_boxes
     count = 0
     for start in range(0, num_boxes, STEP):
@@ -259,9 +264,7 @@ def _add_bins(
     if C % CHANNELS != 0:
         inside &= (channel < C)[None, :]
     owed = tl.load(grad + ((p * PW + q) * C)[:, None] + channel[None, :], mask=inside, other=0.0)
-    return tl.dot(
-        weight.to(PRODUCT), owed.to(PRODUCT), total, input_precision=PRECISION, out_dtype=total.dtype
-    )
+    return tl.dot(weight.to(PRODUCT), owed.to(PRODUCT), total, input_precision=PRECISION, out_dtype=total.dtype)
 
 
 @jit(do_not_specialize=["num_boxes", "num_images"])
@@ -298,7 +301,7 @@ def _roi_align_backward_kernel(
     for index in tl.static_range(1, len(sizes)):
         if level == index:
             output, scale = outputs[index], scales[index]
-    scale = scale.to(tl.float64, bitcast=True).to(dtype)
+    scale = float_of(scale, dtype)
 
     total = tl.zeros((TILE * TILE, CHANNELS), dtype)
     pixel = tl.arange(0, TILE * TILE)
@@ -312,15 +315,15 @@ def _roi_align_backward_kernel(
                 p, q = bin // PW * 1.0, bin % PW * 1.0
                 base_y, bin_y, grid_y, skip_y, _ = sample_axis(y1, y2, p, height, PH, RATIO, ALIGNED)
                 base_x, bin_x, grid_x, skip_x, visit_x = sample_axis(x1, x2, q, width, PW, RATIO, ALIGNED)
-                if _reaches(base_y, base_y + bin_y, first_row, TILE, True):
-                    if _reaches(base_x, base_x + bin_x, first_column, TILE, True):
-                        place = (k * (PH * PW) + bin) * C + channel
-                        owed = tl.load(grad + place, mask=channel < C, other=0.0).to(dtype)
-                        won = tl.load(argmax + place, mask=channel < C, other=0)
-                        across = tl.maximum(visit_x.to(tl.int32), 1)
-                        weight = _sample_weights(base_y, bin_y, grid_y, skip_y + won // across, row, height)
-                        weight *= _sample_weights(base_x, bin_x, grid_x, skip_x + won % across, column, width)
-                        total += weight * owed[None, :]
+                reaches = _reaches(base_y, base_y + bin_y, first_row, TILE, True)
+                if reaches & _reaches(base_x, base_x + bin_x, first_column, TILE, True):
+                    place = (k * (PH * PW) + bin) * C + channel
+                    owed = tl.load(grad + place, mask=channel < C, other=0.0).to(dtype)
+                    won = tl.load(argmax + place, mask=channel < C, other=0)
+                    across = tl.maximum(visit_x.to(tl.int32), 1)
+                    weight = _sample_weights(base_y, bin_y, grid_y, skip_y + won // across, row, height)
+                    weight *= _sample_weights(base_x, bin_x, grid_x, skip_x + won % across, column, width)
+                    total += weight * owed[None, :]
         else:
             place = grad + k * (PH * PW * C)
             columns = first_column + tl.arange(0, TILE)
@@ -435,25 +438,22 @@ _PRODUCT_DTYPE = triton and {
 def _fake_roi_align_backward(
     grad: Tensor, boxes: Tensor, argmax: Tensor, sizes: list[int], channels_last: bool, *_: object
 ) -> list[Tensor]:
+    del boxes, argmax
     images, *sides = sizes
     return [
-        torch.empty(
-            (images, grad.shape[1], height, width),
-            dtype=grad.dtype,
-            device=grad.device,
-            memory_format=torch.channels_last if channels_last else torch.contiguous_format,
-        )
+        empty(grad, (images, grad.shape[1], height, width), channels_last)
         for height, width in zip(sides[::2], sides[1::2], strict=True)
     ]
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    del output
     grad, boxes, _, _, _, ctx.maximum, *ctx.rule = inputs
     ctx.pooled = grad.shape[2:]
     ctx.save_for_backward(boxes)
 
 
-def _double_backward(ctx, grads):
+def _double_backward(ctx: Any, grads: list[Tensor]) -> tuple[Tensor | None, ...]:
     """The mean is linear in the features: the gradient of its gradient is RoIAlign itself."""
     if ctx.maximum:
         raise NotImplementedError('roi_align: reduction="max" has no second derivative, use reduction="mean"')

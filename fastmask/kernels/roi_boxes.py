@@ -9,6 +9,26 @@ from torch import Tensor
 
 from fastmask.kernels._runtime import compute_dtype
 
+FEATURE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def checked_features(features: Sequence[Tensor], name: str) -> list[Tensor]:
+    """The levels `[N, C, H_l, W_l]` in their widest dtype."""
+    if not features:
+        raise ValueError(f"{name}: expected at least one level, got none")
+    first = features[0]
+    dtype = first.dtype
+    for feature in features:
+        if feature.dtype not in FEATURE_DTYPES:
+            raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {feature.dtype}")
+        if feature.ndim != 4 or feature.shape[:2] != first.shape[:2]:
+            shapes = [list(feature.shape) for feature in features]
+            raise ValueError(f"{name}: expected [N, C, H, W] with the same N and C at each level, got {shapes}")
+        if feature.device != first.device:
+            raise ValueError(f"{name}: expected all levels on {first.device}, got {feature.device}")
+        dtype = torch.promote_types(dtype, feature.dtype)
+    return [feature.to(dtype) for feature in features]
+
 
 def roi_format(boxes: Tensor | Sequence[Tensor], features: Tensor) -> Tensor:
     """Boxes `[K, 5]`, `(image, x1, y1, x2, y2)`, in the dtype that coordinates of `features` are kept in."""
@@ -17,15 +37,23 @@ def roi_format(boxes: Tensor | Sequence[Tensor], features: Tensor) -> Tensor:
         _check_boxes(boxes, 5, features)
         return boxes.to(dtype)
     if len(boxes) > features.shape[0]:
-        raise ValueError(
-            f"boxes: expected at most one tensor per image, {features.shape[0]}, got {len(boxes)}"
-        )
+        raise ValueError(f"boxes: expected at most one tensor per image, {features.shape[0]}, got {len(boxes)}")
     rois = [features.new_empty((0, 5), dtype=dtype)]
     for image, in_image in enumerate(boxes):
         _check_boxes(in_image, 4, features)
         # Upcast first: bfloat16 cannot hold the image index 257.
         rois.append(torch.nn.functional.pad(in_image.to(dtype), (1, 0), value=image))
     return torch.cat(rois)
+
+
+def image_indices(boxes: Tensor, images: int) -> Tensor:
+    """Column 0 of CPU boxes `[K, 5]`, int64, each known to be in [0, images)."""
+    index = boxes[:, 0]
+    wrong = (~((index >= 0) & (index < images))).nonzero()
+    if len(wrong):
+        row = int(wrong[0])
+        raise ValueError(f"boxes: expected image indices in [0, {images}) in column 0, got {index[row]:g} in row {row}")
+    return index.long()
 
 
 def _check_boxes(boxes: Tensor, columns: int, features: Tensor) -> None:

@@ -26,8 +26,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastmask.kernels._runtime import jit, tl
+from fastmask.kernels._runtime import divide, float_of, jit, tl
 from fastmask.kernels.fpn_levels import LevelRule, assign_fpn_levels
+from fastmask.kernels.roi_boxes import image_indices
 
 # Visited beyond the last sample that can be inside; more than rounding can move one.
 _MARGIN = 2
@@ -53,20 +54,13 @@ class _Axis(NamedTuple):
 
 def select_boxes(boxes: Tensor, images: int, scales: list[float], rule: LevelRule) -> list[Tensor]:
     """The rows of `boxes [K, 5]` that are pooled from each level."""
+    image_indices(boxes, images)
     side = boxes[:, 3:] - boxes[:, 1:3]
-    outside = (boxes[:, 0] < 0) | (boxes[:, 0] >= images) | ~boxes[:, 0].isfinite()
-    if outside.any():
-        row = int(outside.nonzero()[0])
-        raise ValueError(
-            f"boxes: expected image indices in [0, {images}) in column 0, got {boxes[row, 0].item()} in row {row}"
-        )
     level = assign_fpn_levels(boxes[:, 1:], scales, rule).where(side.isfinite().all(1), -1)
     return [(level == index).nonzero()[:, 0] for index in range(len(scales))]
 
 
-def _axis(
-    start: Tensor, end: Tensor, bins: int, extent: int, ratio: int, aligned: bool, mean: bool
-) -> _Axis:
+def _axis(start: Tensor, end: Tensor, bins: int, extent: int, ratio: int, aligned: bool, mean: bool) -> _Axis:
     size = end - start if aligned else (end - start).clamp(min=1)
     bin = size[:, None] / bins
     grid = torch.full_like(bin, ratio) if ratio > 0 else bin.ceil().clamp(min=0)
@@ -141,12 +135,6 @@ def size_of(packed):
 
 
 @jit()
-def divide(x, y):
-    """Rounded to nearest: Triton's `/` is approximate in float32, and its `div_rn` knows nothing wider."""
-    return x / y if x.dtype == tl.float64 else tl.div_rn(x, y)
-
-
-@jit()
 def scaled_box(box, scale, ALIGNED: tl.constexpr):
     """x1, y1, x2, y2 of the boxes `[image, x1, y1, x2, y2]` at `box`, in pixels of a level."""
     shift: tl.constexpr = 0.5 if ALIGNED else 0.0
@@ -168,8 +156,8 @@ def level_of(box, num_images, THRESHOLDS: tl.constexpr, LEVELS: tl.constexpr):
     if LEVELS > 1:
         area = width * height
         for boundary in tl.static_range(len(THRESHOLDS)):
-            threshold = tl.full([], THRESHOLDS[boundary], tl.int64).to(tl.float64, bitcast=True)
-            level += (area >= threshold.to(area.dtype)).to(tl.int32)
+            threshold = float_of(tl.full([], THRESHOLDS[boundary], tl.int64), area.dtype)
+            level += (area >= threshold).to(tl.int32)
         pooled &= (area >= 0) & (level < LEVELS)
     return tl.where(pooled, image, 0).to(tl.int64), tl.where(pooled, level, 0), pooled
 

@@ -1,0 +1,106 @@
+"""torchvision's detectors give the same detections with fastmask's operators in them."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torchvision.models import detection
+
+from fastmask.integrations.torchvision import accelerate, restore
+from fastmask.kernels._runtime import INTERPRETED
+
+# Through the interpreter, a program of a kernel takes some 40 ms: an image and a number of boxes for a minute.
+SIZE, PROPOSALS, DETECTIONS = (96, 64, 3) if INTERPRETED else (192, 300, 20)
+
+
+def build(name, **options):
+    torch.manual_seed(0)
+    model = getattr(detection, name)(
+        weights=None,
+        weights_backbone=None,
+        num_classes=2 if name.startswith("keypoint") else 4,
+        min_size=SIZE,
+        max_size=2 * SIZE,
+        rpn_pre_nms_top_n_test=PROPOSALS,
+        rpn_post_nms_top_n_test=PROPOSALS // 8,
+        box_score_thresh=0.0,
+        box_detections_per_img=DETECTIONS,
+        **options,
+    )
+    with torch.no_grad():  # untrained, it would blow up its features until no proposal is left
+        seen = model.transform(images("cpu"))[0].tensors
+        for module in model.backbone.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.momentum = 1.0
+        model.backbone(seen)
+        levels = model.backbone.eval()(seen)
+        for block, level in zip(model.backbone.fpn.layer_blocks, levels.values(), strict=False):
+            block[0].weight /= level.std()
+    return model.eval()
+
+
+def images(device):
+    g = torch.Generator().manual_seed(1)
+    sizes = [(SIZE, SIZE + 16), (SIZE + 8, SIZE)]
+    return [torch.rand(3, *size, generator=g).to(device) for size in sizes[: 1 if INTERPRETED else 2]]
+
+
+@pytest.mark.parametrize(
+    "name", ["maskrcnn_resnet50_fpn", "keypointrcnn_resnet50_fpn", "fasterrcnn_mobilenet_v3_large_fpn"]
+)
+def test_same_detections_before_and_after(name, device):
+    if INTERPRETED and name.startswith("faster"):
+        name = "maskrcnn_resnet50_fpn_v2"  # rather one more with masks than a third path through the same kernels
+    model = build(name).to(device)
+    state = model.state_dict()
+    with torch.inference_mode():
+        before = model(images(device))
+        assert accelerate(model) is model
+        after = model(images(device))
+        assert restore(model) is model
+        again = model(images(device))
+    for old, new, last in zip(before, after, again, strict=True):
+        assert len(old["boxes"]) == DETECTIONS
+        assert old.keys() == new.keys()
+        for key, value in old.items():
+            torch.testing.assert_close(new[key], value, rtol=1e-4, atol=1e-4)
+            assert torch.equal(last[key], value)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.reference_only
+def test_an_accelerated_model_trains_copies_and_pickles(device):
+    model = accelerate(build("maskrcnn_resnet50_fpn")).to(device).train()
+    target = {
+        "boxes": torch.tensor([[10, 10, 80, 90.0]], device=device),
+        "labels": torch.tensor([1], device=device),
+        "masks": torch.ones(1, SIZE, SIZE + 16, dtype=torch.uint8, device=device),
+    }
+    losses = model(images(device)[:1], [target])
+    sum(losses.values()).backward()
+    assert all(p.grad.isfinite().all() for p in model.roi_heads.parameters())
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert [type(m) for m in copied.modules()] == [type(m) for m in model.modules()]
+
+
+@pytest.mark.reference_only
+def test_only_this_model_is_touched_and_foreign_parts_stay():
+    class OwnPooler(detection.mask_rcnn.MultiScaleRoIAlign):
+        pass
+
+    model, other = (build("fasterrcnn_mobilenet_v3_large_fpn") for _ in range(2))
+    model.roi_heads.box_roi_pool = OwnPooler(["0", "1"], 7, 2)
+    classes = [type(module) for module in other.modules()]
+    accelerate(accelerate(model))
+    assert type(model.roi_heads.box_roi_pool) is OwnPooler
+    assert [type(module) for module in other.modules()] == classes
+    restore(model)
+    assert type(model.rpn) is detection.rpn.RegionProposalNetwork
+
+
+@pytest.mark.reference_only
+@pytest.mark.parametrize("call", [accelerate, restore])
+def test_other_models_are_named(call):
+    with pytest.raises(TypeError, match="model: expected a torchvision two-stage detector, got Linear"):
+        call(torch.nn.Linear(1, 1))

@@ -1,0 +1,414 @@
+"""nms, batched_nms, nms_padded: torchvision, a greedy loop, hand cases, both ways of scanning, bad calls."""
+
+import pytest
+import torch
+import torchvision
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fastmask.kernels import nms as module
+from fastmask.kernels import nms_reference
+from fastmask.kernels.nms import batched_nms, nms, nms_padded
+
+NAN, INF = float("nan"), float("inf")
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+# Lanes outside a tile hold boxes without area; the interpreter divides in NumPy, which warns of 0 / 0.
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+
+
+@pytest.fixture(params=["few", "chunks"])
+def way(request, monkeypatch):
+    """Both ways of scanning on the accelerator, whatever the size of the output; chunks of two blocks."""
+    monkeypatch.setattr(module, "FEW", 1 << 30 if request.param == "few" else 0)
+    monkeypatch.setattr(module, "CHUNK", 128)
+
+
+def draw(n, seed, spread=60.0, kind="random"):
+    """Boxes and scores; of 150 random boxes about half are suppressed at a threshold of 0.4."""
+    g = torch.Generator().manual_seed(seed)
+    scores = torch.rand(n, generator=g)
+    if kind == "disjoint":
+        corner = torch.stack([torch.arange(n) % 150, torch.arange(n) // 150], 1) * 20.0
+        return torch.cat([corner, corner + 10], 1), scores
+    if kind == "stacked":
+        corner = torch.rand(n, 2, generator=g)
+        return torch.cat([corner, corner + 100], 1), scores
+    centre = torch.rand(n, 2, generator=g) * spread
+    size = torch.exp(torch.randn(n, 2, generator=g) * 0.5 + 2.5)
+    if kind == "clustered":
+        near = torch.randint(max(n // 20, 1), (n,), generator=g)
+        centre = centre[near] + torch.randn(n, 2, generator=g)
+        size = size[near] * torch.exp(torch.randn(n, 2, generator=g) * 0.1)
+    return torch.cat([centre - size / 2, centre + size / 2], 1), scores
+
+
+def greedy(boxes, scores, threshold, classes=None):
+    """Indices of the kept boxes: one box after the other, in the boxes' precision, torchvision's order."""
+    boxes = boxes.cpu().to(torch.promote_types(boxes.dtype, torch.float32))
+    x1, y1, x2, y2 = boxes.unbind(1)
+    area = (x2 - x1) * (y2 - y1)
+    scores = scores.tolist()
+    waiting = torch.tensor(sorted(range(len(boxes)), key=lambda i: (scores[i] == scores[i], -scores[i])))
+    kept = []
+    while len(waiting):
+        i, waiting = waiting[0].item(), waiting[1:]
+        kept.append(i)
+        width = (x2.minimum(x2[i]) - x1.maximum(x1[i])).clamp(min=0)
+        height = (y2.minimum(y2[i]) - y1.maximum(y1[i])).clamp(min=0)
+        iou = width * height / (area[i] + area - width * height)
+        hit = (iou.double() > threshold) & (classes == classes[i] if classes is not None else True)
+        waiting = waiting[~hit[waiting]]
+    return torch.tensor(kept, dtype=torch.int64)
+
+
+def padded_oracle(boxes, scores, threshold, max_output, classes=None, counts=None, score_threshold=None):
+    indices = torch.full((len(boxes), max_output), -1)
+    found = torch.zeros(len(boxes), dtype=torch.int64)
+    for b in range(len(boxes)):
+        part = torch.ones(scores.shape[1], dtype=torch.bool)
+        if counts is not None:
+            part[max(int(counts[b]), 0) :] = False
+        if score_threshold is not None:
+            part &= scores[b] > score_threshold
+        (part,) = part.nonzero(as_tuple=True)
+        of_part = classes[b, part] if classes is not None else None
+        kept = part[greedy(boxes[b, part], scores[b, part], threshold, of_part)][:max_output]
+        found[b] = len(kept)
+        indices[b, : len(kept)] = kept
+    return indices, found
+
+
+def assert_same(actual, expected):
+    for a, e in zip(actual, expected, strict=True):
+        assert a.dtype == torch.int64
+        assert torch.equal(a.cpu(), e)
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("n", "threshold"), [(1, 0.5), (64, 0.5), (150, 0.0), (150, 0.4), (301, 0.7), (65, 1.0)])
+def test_matches_torchvision(n, threshold, dtype, device):
+    boxes, scores = (t.to(dtype) for t in draw(n, n))
+    expected = torchvision.ops.nms(boxes, scores, threshold)
+    assert torch.equal(nms(boxes.to(device), scores.to(device), threshold).cpu(), expected)
+    assert torch.equal(greedy(boxes, scores, threshold), expected)
+
+
+@pytest.mark.reference_only
+@pytest.mark.parametrize("kind", ["random", "clustered", "stacked", "disjoint"])
+@pytest.mark.parametrize("threshold", [0.3, 0.7])
+def test_thousands_match_torchvision(kind, threshold, device):
+    boxes, scores = draw(3000, 0, spread=300.0, kind=kind)
+    classes = torch.arange(3000) % 7 % 3
+    of_class = torchvision.ops.boxes._batched_nms_vanilla(boxes, scores.argsort().float(), classes, threshold)
+    boxes, scores, classes = boxes.to(device), scores.to(device), classes.to(device)
+    expected = torchvision.ops.nms(boxes.cpu(), scores.cpu(), threshold)
+    assert torch.equal(nms(boxes, scores, threshold).cpu(), expected)
+    assert torch.equal(batched_nms(boxes, scores.argsort().float(), classes, threshold).cpu(), of_class)
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("shift", [1e-5, -1e-5])
+@pytest.mark.parametrize("threshold", [0.25, 0.5, 0.75])
+def test_suppresses_strictly_above_the_threshold(threshold, shift, device):
+    boxes = torch.tensor([[0.0, 0, 100, 100], [0, 0, 100, 100 * threshold]], device=device)
+    scores = torch.tensor([0.9, 0.8], device=device)
+    assert len(nms(boxes, scores, threshold)) == 2  # IoU is the threshold exactly
+    assert len(nms(boxes, scores, threshold + shift)) == (2 if shift > 0 else 1)
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("threshold", [0.1, 0.3, 0.6, 0.7, 0.9, 1 / 3])
+def test_the_threshold_is_a_float64(threshold, device):
+    """IoU rounded to float32 is compared with a float64, which float32 would round either way."""
+    boxes = torch.tensor([[0.0, 0, 30, 30], [0, 0, 30, 30 * threshold]])
+    scores = torch.tensor([0.9, 0.8])
+    expected = torchvision.ops.nms(boxes, scores, threshold)
+    assert torch.equal(nms(boxes.to(device), scores.to(device), threshold).cpu(), expected)
+
+
+@pytest.mark.reference_only
+@pytest.mark.parametrize("value", [0.0, 0.1, 0.5, 0.7, 1.0, -0.1, -1e-60, 1e-60, 1e300, -1e300, INF, -INF])
+def test_float32_at_most(value):
+    below = torch.tensor(nms_reference.float32_at_most(value))
+    assert below.item() <= value
+    assert below.dtype == torch.float32
+    assert value == INF or torch.nextafter(below, torch.tensor(INF)).item() > value
+
+
+@pytest.mark.usefixtures("way")
+def test_half_precision_is_computed_in_float32(device):
+    boxes = torch.tensor([[285.25, 185.625, 1194, 851.5], [285.25, 188.75, 1192, 851], [279.5, 197.75, 1189, 849]])
+    scores = torch.tensor([0.6, 0.9, 0.8])
+    for dtype in (torch.float16, torch.bfloat16):
+        rounded, weights = boxes.to(dtype), scores.to(dtype)
+        expected = torchvision.ops.nms(rounded.float(), weights.float(), 0.2)
+        assert expected.tolist() == [1]  # areas overflow float16
+        assert torch.equal(nms(rounded.to(device), weights.to(device), 0.2).cpu(), expected)
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dtypes_and_layouts(dtype, device):
+    boxes, scores = (t.to(dtype) for t in draw(150, 3))
+    expected = greedy(boxes, scores, 0.4)
+    strided = torch.stack([boxes.T, boxes.T], 2).to(device)[..., 1].T
+    twice = torch.stack([scores, scores], 1).to(device)[:, 0]
+    assert not strided.is_contiguous()
+    assert torch.equal(nms(strided, twice, 0.4).cpu(), expected)
+    assert 30 < len(expected) < 120
+
+
+@pytest.mark.usefixtures("way")
+def test_ties_keep_their_order(device):
+    boxes, scores = draw(150, 4)
+    scores = (scores * 4).floor()
+    expected = greedy(boxes, scores, 0.4)
+    assert torch.equal(nms(boxes.to(device), scores.to(device), 0.4).cpu(), expected)
+
+
+@pytest.mark.usefixtures("way")
+def test_absurd_boxes_and_scores(device):
+    boxes = torch.tensor(
+        [
+            *([[5.0, 5, 5, 5]] * 2),  # no area: IoU is NaN
+            *([[NAN, 0, 9, 9]] * 2),
+            *([[0, 0, INF, 9]] * 2),
+            *([[-INF, -INF, INF, INF]] * 2),
+            *([[9, 9, 3, 3]] * 2),  # inverted: a positive area, no intersection
+            *([[9, 3, 3, 9]] * 2),  # half inverted: a negative area
+            *([[0, 0, 9, 9]] * 2),
+            *([[-3e38, -3e38, 3e38, 3e38]] * 2),
+            [1, 1, 2, 2],
+        ]
+    )
+    scores = torch.linspace(1, 0, len(boxes))
+    scores[[3, 12, 16]] = torch.tensor([NAN, -INF, INF])
+    expected = torchvision.ops.nms(boxes, scores, 0.5)
+    assert 10 < len(expected) < len(boxes)
+    assert torch.equal(greedy(boxes, scores, 0.5), expected)
+    assert torch.equal(nms(boxes.to(device), scores.to(device), 0.5).cpu(), expected)
+    both = nms_padded(boxes.to(device)[None], scores.to(device)[None], 0.5, 17, score_threshold=-INF)
+    assert_same(both, padded_oracle(boxes[None], scores[None], 0.5, 17, score_threshold=-INF))
+    assert not {3, 12} & set(both[0][0].tolist())
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("threshold", [-0.5, 1.5, NAN])
+def test_thresholds_beyond_0_and_1_do_what_torchvision_does(threshold, device):
+    boxes, scores = draw(20, 5)
+    expected = torchvision.ops.nms(boxes, scores, threshold)
+    assert torch.equal(nms(boxes.to(device), scores.to(device), threshold).cpu(), expected)
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("kind", ["int64", "uint8", "float", "one"])
+def test_classes_never_meet(kind, device):
+    boxes, scores = draw(150, 6)
+    g = torch.Generator().manual_seed(0)
+    classes = torch.randint(0, 1 if kind == "one" else 4, (150,), generator=g)
+    if kind == "int64":
+        classes = (classes - 2) * (1 << 61)  # no offset of coordinates could tell these apart
+    elif kind != "one":
+        classes = classes.to(getattr(torch, kind))
+    expected = torchvision.ops.boxes._batched_nms_vanilla(boxes, scores, classes, 0.4)
+    actual = batched_nms(boxes.to(device), scores.to(device), classes.to(device), 0.4)
+    assert torch.equal(actual.cpu(), expected)
+    assert torch.equal(greedy(boxes, scores, 0.4, classes), expected)
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("max_output", [0, 1, 40, 150, 200])
+def test_padded_matches_torchvision_in_each_segment(max_output, device):
+    boxes, scores = (torch.stack(t) for t in zip(*(draw(150, seed) for seed in range(3)), strict=True))
+    indices, count = nms_padded(boxes.to(device), scores.to(device), 0.4, max_output)
+    assert indices.shape == (3, max_output)
+    assert indices.device == count.device == boxes.to(device).device
+    for b in range(3):
+        expected = torchvision.ops.nms(boxes[b], scores[b], 0.4)[:max_output]
+        assert count[b] == len(expected)
+        assert torch.equal(indices[b, : len(expected)].cpu(), expected)
+        assert (indices[b, len(expected) :] == -1).all()
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("score_threshold", [None, 0.3, -INF, INF])
+@pytest.mark.parametrize("with_classes", [False, True])
+def test_padded_counts_classes_and_score_threshold(with_classes, score_threshold, device):
+    boxes, scores = (torch.stack(t) for t in zip(*(draw(150, seed) for seed in range(5)), strict=True))
+    scores[:, ::9], scores[:, 1::9], scores[:, 2::9] = NAN, -INF, INF
+    classes = torch.arange(5 * 150).view(5, 150) % 7 % 3 if with_classes else None
+    counts = torch.tensor([150, 0, 131, -4, 1000], dtype=torch.int32)
+    expected = padded_oracle(boxes, scores, 0.4, 60, classes, counts, score_threshold)
+    actual = nms_padded(
+        boxes.to(device),
+        scores.to(device),
+        0.4,
+        60,
+        classes=None if classes is None else classes.to(device),
+        counts=counts.to(device),
+        score_threshold=score_threshold,
+    )
+    assert_same(actual, expected)
+    assert expected[1].max() == (0 if score_threshold == INF else 60)
+
+
+@pytest.mark.usefixtures("way")
+def test_a_finished_segment_waits_for_the_others(device):
+    """One segment fills its output in the first chunk, one goes through all chunks."""
+    disjoint, scores = draw(300, 7, kind="disjoint")
+    stacked, _ = draw(300, 7, kind="stacked")
+    boxes, scores = torch.stack([disjoint, stacked]), torch.stack([scores, scores])
+    actual = nms_padded(boxes.to(device), scores.to(device), 0.5, 70)
+    assert_same(actual, padded_oracle(boxes, scores, 0.5, 70))
+    assert actual[1].tolist() == [70, 1]
+
+
+@pytest.mark.reference_only
+def test_prefixes_of_long_segments_are_enough(device):
+    boxes, scores = (torch.stack(t) for t in zip(*(draw(2500, s, 300.0) for s in range(2)), strict=True))
+    boxes[1] = draw(2500, 0, kind="stacked")[0]  # no prefix of this one fills its output
+    classes = torch.arange(2500).expand(2, -1) % 5
+    actual = nms_padded(boxes.to(device), scores.to(device), 0.5, 20, classes=classes.to(device))
+    assert_same(actual, padded_oracle(boxes, scores, 0.5, 20, classes))
+    assert actual[1].tolist() == [20, 5]
+
+
+@pytest.mark.reference_only
+@pytest.mark.parametrize(("block", "tile", "small"), [(1, 1, 1), (8, 11, 20), (64, 1000, 50)])
+def test_reference_with_any_blocking(block, tile, small, monkeypatch):
+    monkeypatch.setattr(nms_reference, "BLOCK", block)
+    monkeypatch.setattr(nms_reference, "TILE", tile)
+    monkeypatch.setattr(nms_reference, "SMALL", small)
+    boxes, scores = draw(200, 8)
+    classes = (torch.rand(200, generator=torch.Generator().manual_seed(1)) ** 3 * 9).long()
+    assert torch.equal(nms(boxes, scores, 0.4), greedy(boxes, scores, 0.4))
+    assert torch.equal(batched_nms(boxes, scores, classes, 0.4), greedy(boxes, scores, 0.4, classes))
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("shape", [(0, 0), (0, 5), (3, 0)])
+def test_empty(shape, device):
+    boxes, scores = torch.rand(*shape, 4, device=device), torch.rand(shape, device=device)
+    classes, counts = scores.long(), torch.ones(shape[0], dtype=torch.int64, device=device)
+    for more in ({}, {"classes": classes, "counts": counts, "score_threshold": 0.5}):
+        indices, count = nms_padded(boxes, scores, 0.5, 7, **more)
+        assert indices.tolist() == [[-1] * 7] * shape[0]
+        assert count.tolist() == [0] * shape[0]
+    assert nms(boxes.view(-1, 4), scores.view(-1), 0.5).shape == (0,)
+    assert batched_nms(boxes.view(-1, 4), scores.view(-1), classes.view(-1), 0.5).dtype == torch.int64
+
+
+@pytest.mark.usefixtures("way")
+def test_same_bits_every_time_and_inputs_untouched(device):
+    boxes, scores = (t.to(device) for t in draw(200, 9))
+    before = boxes.clone(), scores.clone()
+    first, *others = (nms(boxes, scores, 0.4) for _ in range(3))
+    assert all(torch.equal(first, other) for other in others)
+    assert torch.equal(boxes, before[0])
+    assert torch.equal(scores, before[1])
+
+
+@pytest.mark.usefixtures("way")
+def test_gradients_are_asked_of_nobody(device):
+    boxes, scores = (t.to(device).requires_grad_() for t in draw(70, 10))
+    assert torch.equal(nms(boxes, scores, 0.4), nms(boxes.detach(), scores.detach(), 0.4))
+    assert not nms_padded(boxes[None], scores[None], 0.4, 9)[0].requires_grad
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(
+    batch=st.integers(1, 3),
+    n=st.integers(1, 140),
+    max_output=st.integers(0, 50),
+    threshold=st.floats(0, 1),
+    few=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_random_shapes(batch, n, max_output, threshold, few, seed):
+    g = torch.Generator().manual_seed(seed)
+    corner = torch.randint(-6, 6, (batch, n, 2), generator=g)  # coarse, so that IoUs and areas repeat
+    boxes = torch.cat([corner, corner + torch.randint(-1, 8, (batch, n, 2), generator=g)], 2).float()
+    scores = torch.randint(0, 20, (batch, n), generator=g) / 10
+    classes = torch.randint(0, 3, (batch, n), generator=g)
+    counts = torch.randint(0, n + 2, (batch,), generator=g)
+    options = {"classes": classes, "counts": counts, "score_threshold": 0.2}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "FEW", 50 if few else -1)
+        patch.setattr(module, "CHUNK", 64)
+        actual = nms_padded(boxes, scores, threshold, max_output, **options)
+    assert_same(actual, padded_oracle(boxes, scores, threshold, max_output, **options))
+
+
+def test_are_registered_operators(device):
+    boxes, scores = (t.to(device) for t in draw(70, 11))
+    classes = torch.arange(70, device=device) % 3
+    counts = torch.tensor([40], device=device)
+    torch.library.opcheck(torch.ops.fastmask.nms.default, (boxes, scores, None, 0.4))
+    torch.library.opcheck(torch.ops.fastmask.nms.default, (boxes, scores, classes, 0.4))
+    one = boxes[None], scores[None]
+    torch.library.opcheck(torch.ops.fastmask.nms_padded.default, (*one, None, None, 0.4, None, 9))
+    torch.library.opcheck(torch.ops.fastmask.nms_padded.default, (*one, classes[None], counts, 0.4, 0.1, 9))
+
+
+def test_compiles_to_one_graph(device):
+    boxes, scores = (t.to(device) for t in draw(70, 12))
+    classes = torch.arange(70, device=device) % 3
+
+    def detect(boxes, scores, classes):
+        kept = batched_nms(boxes, scores, classes, 0.4)
+        best, count = nms_padded(boxes[None] * 2, scores[None], 0.4, 9, classes=classes[None])
+        return boxes[nms(boxes, scores, 0.4)], scores[kept], best, count
+
+    compiled = torch.compile(detect, fullgraph=True, backend="aot_eager")
+    for n in (70, 61):
+        arguments = boxes[:n], scores[:n], classes[:n]
+        for actual, expected in zip(compiled(*arguments), detect(*arguments), strict=True):
+            assert torch.equal(actual, expected)
+
+
+def test_padded_runs_on_fake_tensors(device):
+    with FakeTensorMode():
+        boxes, scores = torch.rand(2, 70, 4, device=device), torch.rand(2, 70, device=device)
+        indices, count = nms_padded(boxes, scores, 0.5, 100, counts=torch.ones(2, dtype=int, device=device))
+    assert (indices.shape, indices.dtype, count.shape, count.dtype) == (
+        (2, 100),
+        torch.int64,
+        (2,),
+        torch.int64,
+    )
+    assert indices.device.type == count.device.type == torch.device(device).type
+
+
+B1, S1 = torch.rand(5, 4), torch.rand(5)
+B2, S2 = torch.rand(2, 5, 4), torch.rand(2, 5)
+
+
+@pytest.mark.parametrize(
+    ("error", "named", "call"),
+    [
+        (ValueError, r"boxes: expected \[N, 4\], got \[5, 5\]", lambda: nms(torch.rand(5, 5), S1, 0.5)),
+        (ValueError, r"boxes: expected \[N, 4\], got \[2, 5, 4\]", lambda: nms(B2, S2, 0.5)),
+        (ValueError, r"scores: expected \[5\] to match boxes, got \[4\]", lambda: nms(B1, S1[:4], 0.5)),
+        (ValueError, r"scores: expected \[5\] .*, got \[5, 1\]", lambda: nms(B1, S1[:, None], 0.5)),
+        (TypeError, "boxes: expected a floating dtype, got torch.int64", lambda: nms(B1.long(), S1, 0.5)),
+        (TypeError, "scores: expected a floating dtype, got torch.int64", lambda: nms(B1, S1.long(), 0.5)),
+        (ValueError, "scores: expected on cpu like boxes, got meta", lambda: nms(B1, S1.to("meta"), 0.5)),
+        (ValueError, r"idxs: expected \[5\] .*, got \[4\]", lambda: batched_nms(B1, S1, S1[:4], 0.5)),
+        (ValueError, "idxs: expected on cpu", lambda: batched_nms(B1, S1, S1.to("meta"), 0.5)),
+        (ValueError, r"boxes: expected \[B, N, 4\], got \[5, 4\]", lambda: nms_padded(B1, S1, 0.5, 1)),
+        (ValueError, r"classes: expected \[2, 5\]", lambda: nms_padded(B2, S2, 0.5, 1, classes=S2[0])),
+        (ValueError, r"counts: expected \[2\]", lambda: nms_padded(B2, S2, 0.5, 1, counts=S2.long())),
+        (TypeError, "counts: expected an integer", lambda: nms_padded(B2, S2, 0.5, 1, counts=S2[:, 0])),
+        (TypeError, "counts: expected an integer", lambda: nms_padded(B2, S2, 0.5, 1, counts=S2[:, 0] > 0)),
+        (ValueError, r"iou_threshold: expected in \[0, 1\], got 1.1", lambda: nms_padded(B2, S2, 1.1, 1)),
+        (ValueError, r"iou_threshold: expected in \[0, 1\], got -0.1", lambda: nms_padded(B2, S2, -0.1, 1)),
+        (ValueError, r"iou_threshold: expected in \[0, 1\], got nan", lambda: nms_padded(B2, S2, NAN, 1)),
+        (ValueError, "max_output: expected >= 0, got -1", lambda: nms_padded(B2, S2, 0.5, -1)),
+    ],
+)
+def test_bad_arguments_are_named(error, named, call):
+    with pytest.raises(error, match=named):
+        call()
