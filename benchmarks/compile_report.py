@@ -86,7 +86,7 @@ class Limit:
 # rounded up to the 8 registers that hardware allocates. 16 bytes a thread are promised for warps of 32.
 LIMITS = {
     "_list_boxes_kernel": {"cuda": Limit(32), "hip": Limit(40)},
-    "_paste_masks_kernel": {"cuda": Limit(80, wide_stores=True), "hip": Limit(64)},
+    "_paste_masks_kernel": {"cuda": Limit(80, wide_stores=True), "hip": Limit(56)},
     "_roi_align_backward_kernel": {
         "cuda": Limit(232, wide_loads=True, wide_stores=True),
         "hip": Limit(152, wide_loads=True),
@@ -101,7 +101,7 @@ LIMITS = {
         "hip": Limit(56, wide_loads=True, wide_stores=True),
     },
     "scan_bits_kernel": {"cuda": Limit(112), "hip": Limit(64)},
-    "scan_boxes_kernel": {"cuda": Limit(208), "hip": Limit(120)},
+    "scan_boxes_kernel": {"cuda": Limit(128), "hip": Limit(80)},
     "suppress_later_kernel": {"cuda": Limit(40), "hip": Limit(24)},
     "suppression_bits_kernel": {"cuda": Limit(32), "hip": Limit(24)},
 }

@@ -59,6 +59,7 @@ CHANNELS_PER_PROGRAM = {2: 64, 4: 32, 8: 32}  # by the bytes of an element
 BINS_PER_PRODUCT = 64
 BOXES_PER_STEP = 128
 NUM_WARPS = 4
+NUM_WARPS_ADAPTIVE = 8  # of several products per box: with 4, sm_100 spills
 NUM_STAGES = 3
 
 # Gradients of single samples that the maximum's reference keeps at once, elements.
@@ -386,6 +387,7 @@ def _launch_roi_align_backward(
     block = CHANNELS_PER_PROGRAM[grad.element_size()]
     columns = triton.next_power_of_2(grad.shape[3])
     rows = max(BINS_PER_PRODUCT // columns, 1)
+    several_products = grad.shape[2] > rows
     with on_device_of(boxes):
         _list_boxes_kernel[(tiles,)](
             boxes.contiguous(),
@@ -419,7 +421,7 @@ def _launch_roi_align_backward(
             CHANNELS=block,
             PRODUCT=_PRODUCT_DTYPE[grad.dtype],
             PRECISION="tf32x3" if grad.dtype == torch.float32 and target_backend() == "cuda" else "ieee",
-            num_warps=NUM_WARPS,
+            num_warps=NUM_WARPS_ADAPTIVE if several_products and sampling_ratio <= 0 else NUM_WARPS,
             num_stages=NUM_STAGES,
             enable_fp_fusion=False,
         )
