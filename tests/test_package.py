@@ -1,11 +1,14 @@
 """The package itself: what it exports, and that it works where Triton is missing."""
 
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import fastmask
+from benchmarks.operators import Result, table
 
 WITHOUT_TRITON = """
 import sys
@@ -41,3 +44,11 @@ def test_exports_are_sorted_and_there():
     assert fastmask.__all__ == sorted(fastmask.__all__)
     assert all(hasattr(fastmask, name) for name in fastmask.__all__)
     assert fastmask.__version__
+
+
+@pytest.mark.reference_only
+def test_the_readme_shows_the_committed_measurements():
+    root = Path(__file__).parents[1]
+    report = json.loads((root / "benchmarks" / "results" / "cpu.json").read_text())
+    shown = (root / "README.md").read_text().split("<!-- cpu.json -->\n")[1].split("\n<!-- end -->")[0]
+    assert shown == table([Result(**result) for result in report["results"]])

@@ -354,3 +354,12 @@ MASKS, BOXES = torch.rand(2, 4, 4), torch.rand(2, 4)
 def test_bad_arguments_are_named(error, message, arguments, options):
     with pytest.raises(error, match=message):
         paste_masks(*arguments, **options)
+
+
+@pytest.mark.reference_only
+def test_many_masks_are_pasted_like_few():
+    masks, boxes = draw(150, 6, 20, 30)
+    together = paste_masks(masks, boxes, (20, 30), None)
+    assert torch.equal(
+        together, torch.cat([paste_masks(m[None], b[None], (20, 30), None) for m, b in zip(masks, boxes, strict=True)])
+    )

@@ -44,7 +44,9 @@ def test_boxes_within_half_a_pixel_of_each_other_are_the_same(device):
             roi_warp(feature, boxes, 3, 0.25, 2, reduction=reduction),
             roi_warp(feature, moved, 3, 0.25, 2, reduction=reduction),
         )
-    assert not torch.equal(roi_warp(feature, boxes, 3, 0.25, 2), roi_warp(feature, boxes + boxes.sign() * 3, 3, 0.25, 2))
+    assert not torch.equal(
+        roi_warp(feature, boxes, 3, 0.25, 2), roi_warp(feature, boxes + boxes.sign() * 3, 3, 0.25, 2)
+    )
 
 
 def test_gradcheck_and_absurd_boxes(device):
