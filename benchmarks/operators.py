@@ -1,6 +1,7 @@
 """Time each operator against torchvision's, side by side in one run, and say which targets are met.
 
     python -m benchmarks.operators [--device cuda] [--threads 2] [--repeat 7] [--json PATH]
+    python -m benchmarks.operators --readme    # the README's table, from the committed CPU results
 
 Workload: an image of 800 x 1344 pixels, its pyramid P2-P5 of 256 channels; boxes with log-uniform sides from 16 to
 600 pixels and aspect ratios up to 2, uniformly placed; random scores. Each pair must agree before it is timed,
@@ -24,6 +25,11 @@ from torch import Tensor
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 import fastmask
+
+ROOT = Path(__file__).parents[1]
+COMMITTED = ROOT / "benchmarks" / "results" / "cpu.json"
+README = ROOT / "README.md"
+MARKS = "<!-- cpu.json -->\n", "\n<!-- end -->"
 
 IMAGE = (800, 1344)
 STRIDES = (4, 8, 16, 32)
@@ -227,13 +233,28 @@ def table(results: list[Result]) -> str:
     return "\n".join(lines)
 
 
+def committed_table() -> str:
+    """The table of the committed CPU results."""
+    return table([Result(**result) for result in json.loads(COMMITTED.read_text())["results"]])
+
+
+def write_readme() -> None:
+    """Put the committed results between the README's marks."""
+    before, rest = README.read_text().split(MARKS[0])
+    _, after = rest.split(MARKS[1].lstrip("\n"))
+    README.write_text(before + MARKS[0] + committed_table() + MARKS[1] + after)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Each operator against torchvision's, in one run.")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of both sides")
     parser.add_argument("--repeat", type=int, default=7, help="timed calls of each side")
     parser.add_argument("--json", type=Path, help="also write the results here")
+    parser.add_argument("--readme", action="store_true", help="measure nothing, renew the README's table")
     arguments = parser.parse_args()
+    if arguments.readme:
+        return write_readme()
     torch.set_num_threads(arguments.threads)
     generator = torch.Generator().manual_seed(0)
     cases = [case for make in (pooling_cases, nms_cases, paste_cases) for case in make(arguments.device, generator)]

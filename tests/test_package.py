@@ -1,14 +1,12 @@
 """The package itself: what it exports, and that it works where Triton is missing."""
 
-import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 import fastmask
-from benchmarks.operators import Result, table
+from benchmarks.operators import MARKS, README, committed_table
 
 WITHOUT_TRITON = """
 import sys
@@ -48,7 +46,5 @@ def test_exports_are_sorted_and_there():
 
 @pytest.mark.reference_only
 def test_the_readme_shows_the_committed_measurements():
-    root = Path(__file__).parents[1]
-    report = json.loads((root / "benchmarks" / "results" / "cpu.json").read_text())
-    shown = (root / "README.md").read_text().split("<!-- cpu.json -->\n")[1].split("\n<!-- end -->")[0]
-    assert shown == table([Result(**result) for result in report["results"]])
+    shown = README.read_text().split(MARKS[0])[1].split(MARKS[1])[0]
+    assert shown == committed_table()

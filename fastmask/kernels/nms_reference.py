@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastmask.kernels._runtime import compute_dtype
 
-BLOCK = 128  # with TILE: the fastest of {64, 96, 128, 192, 256} x {512, 1024, 2048} for 10,000 boxes
+BLOCK = 256  # with TILE: the fastest of {96, 128, 192, 256, 384} x {512, 1024, 2048} for 1000 and for 10,000 boxes
 TILE = 2048  # later boxes per pass, so that the pass's intermediates stay in cache; at least BLOCK
 SMALL = 512  # up to here, all pairs of a group at once: some waste, but few operations
 
