@@ -37,11 +37,12 @@ from fastmask.kernels._runtime import (
     tl,
     triton,
 )
-from fastmask.kernels.fpn_levels import ROUNDINGS, LevelRule, area_thresholds, level_range
+from fastmask.kernels.fpn_levels import ROUNDINGS, level_range
 from fastmask.kernels.roi_align_backward import roi_align_backward
 from fastmask.kernels.roi_boxes import checked_features, checked_output_size, roi_format
 from fastmask.kernels.roi_sampling import (
     Samples,
+    Settings,
     level_of,
     neighbours,
     sample_axis,
@@ -67,29 +68,24 @@ def roi_align_reference(
     pooled_height: int,
     pooled_width: int,
     maximum: bool,
-    spatial_scales: list[float],
-    sampling_ratio: int,
-    aligned: bool,
-    canonical_box_size: float,
-    canonical_level: int,
-    level_rounding: str,
+    *arguments: Any,
 ) -> tuple[Tensor, Tensor]:
     """Each bin a bag of feature-map rows, four per sample, summed with their weights by `embedding_bag`."""
     images, channels = features[0].shape[:2]
     dtype, pooled = features[0].dtype, (pooled_height, pooled_width)
-    rule = LevelRule(canonical_box_size, canonical_level, level_rounding)
+    settings = Settings(*arguments)
     output, argmax = _fake_roi_align(features, boxes, pooled_height, pooled_width, maximum)
-    selected = select_boxes(boxes, images, spatial_scales, rule)
+    selected = select_boxes(boxes, images, settings)
     if sum(map(len, selected)) < len(boxes) or not all(feature.numel() for feature in features):
         output.zero_()
         argmax.zero_()
-    for feature, scale, rows in zip(features, spatial_scales, selected, strict=True):
+    for feature, scale, rows in zip(features, settings.spatial_scales, selected, strict=True):
         if not len(rows) or not feature.numel():
             continue
         table = feature.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
         level = (images, feature.shape[2], feature.shape[3])
         table = table.reshape(-1, channels).to(compute_dtype(dtype))
-        samples = sample_boxes(boxes[rows], level, pooled, scale, sampling_ratio, aligned, not maximum)
+        samples = sample_boxes(boxes[rows], level, pooled, scale, settings, not maximum)
         if maximum:
             values, winner = _max_of_samples(table, samples)
             winner = winner.to(argmax.dtype).view(-1, *pooled, channels).permute(0, 3, 1, 2)
@@ -260,17 +256,12 @@ def _launch_roi_align(
     pooled_height: int,
     pooled_width: int,
     maximum: bool,
-    spatial_scales: list[float],
-    sampling_ratio: int,
-    aligned: bool,
-    canonical_box_size: float,
-    canonical_level: int,
-    level_rounding: str,
+    *arguments: Any,
 ) -> tuple[Tensor, Tensor]:
     output, argmax = _fake_roi_align(features, boxes, pooled_height, pooled_width, maximum)
     if not output.numel():
         return output, argmax
-    rule = LevelRule(canonical_box_size, canonical_level, level_rounding)
+    settings = Settings(*arguments)
     channels = features[0].shape[1]
     block = min(CHANNELS_PER_PROGRAM[output.element_size()], triton.next_power_of_2(channels))
     bin_blocks = triton.cdiv(pooled_height * pooled_width, BINS_PER_PROGRAM)
@@ -281,15 +272,15 @@ def _launch_roi_align(
             output,
             argmax,
             tuple(pack_size(*feature.shape[2:]) for feature in features),
-            tuple(float64_bits(scale) for scale in spatial_scales),
+            tuple(float64_bits(scale) for scale in settings.spatial_scales),
             features[0].shape[0],
             C=channels,
             PH=pooled_height,
             PW=pooled_width,
-            RATIO=max(sampling_ratio, 0),
-            ALIGNED=aligned,
+            RATIO=max(settings.sampling_ratio, 0),
+            ALIGNED=settings.aligned,
             MAXIMUM=maximum,
-            THRESHOLDS=area_thresholds(*level_range(spatial_scales), rule, boxes.dtype),
+            THRESHOLDS=settings.thresholds(boxes.dtype),
             CHANNELS_LAST=not output.is_contiguous(),
             BINS=BINS_PER_PROGRAM,
             CHANNELS=block,

@@ -40,9 +40,9 @@ from fastmask.kernels._runtime import (
     tl,
     triton,
 )
-from fastmask.kernels.fpn_levels import LevelRule, area_thresholds, level_range
 from fastmask.kernels.roi_sampling import (
     Samples,
+    Settings,
     level_of,
     position_of,
     sample_axis,
@@ -73,25 +73,20 @@ def roi_align_backward_reference(
     sizes: list[int],
     channels_last: bool,
     maximum: bool,
-    spatial_scales: list[float],
-    sampling_ratio: int,
-    aligned: bool,
-    canonical_box_size: float,
-    canonical_level: int,
-    level_rounding: str,
+    *arguments: Any,
 ) -> list[Tensor]:
     """The transpose of the forward's sum: each pixel a bag of the bins that sampled it, in bin order."""
     images, *sides = sizes
     channels, pooled = grad.shape[1], (grad.shape[2], grad.shape[3])
-    rule = LevelRule(canonical_box_size, canonical_level, level_rounding)
-    selected = select_boxes(boxes, images, spatial_scales, rule)
+    settings = Settings(*arguments)
+    selected = select_boxes(boxes, images, settings)
     grads = []
-    for height, width, scale, rows in zip(sides[::2], sides[1::2], spatial_scales, selected, strict=True):
+    for height, width, scale, rows in zip(sides[::2], sides[1::2], settings.spatial_scales, selected, strict=True):
         level = (images, height, width)
         if not len(rows) or not images * height * width:
             grads.append(_in_format(grad.new_zeros(*level, channels), channels_last))
             continue
-        samples = sample_boxes(boxes[rows], level, pooled, scale, sampling_ratio, aligned, not maximum)
+        samples = sample_boxes(boxes[rows], level, pooled, scale, settings, not maximum)
         table = grad[rows].contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
         table = table.reshape(-1, channels).to(compute_dtype(grad.dtype))
         pixels = images * height * width
@@ -363,22 +358,17 @@ def _launch_roi_align_backward(
     sizes: list[int],
     channels_last: bool,
     maximum: bool,
-    spatial_scales: list[float],
-    sampling_ratio: int,
-    aligned: bool,
-    canonical_box_size: float,
-    canonical_level: int,
-    level_rounding: str,
+    *arguments: Any,
 ) -> list[Tensor]:
     grads = _fake_roi_align_backward(grad, boxes, argmax, sizes, channels_last)
     images, channels = grads[0].shape[:2]
     tiles = sum(triton.cdiv(level.shape[2], TILE) * triton.cdiv(level.shape[3], TILE) for level in grads) * images
     if not tiles or not channels:
         return grads
-    rule = LevelRule(canonical_box_size, canonical_level, level_rounding)
+    settings = Settings(*arguments)
     geometry = (
         tuple(pack_size(*level.shape[2:]) for level in grads),
-        tuple(float64_bits(scale) for scale in spatial_scales),
+        tuple(float64_bits(scale) for scale in settings.spatial_scales),
         len(boxes),
         images,
     )
@@ -394,8 +384,8 @@ def _launch_roi_align_backward(
             listed,
             counts,
             *geometry,
-            ALIGNED=aligned,
-            THRESHOLDS=area_thresholds(*level_range(spatial_scales), rule, boxes.dtype),
+            ALIGNED=settings.aligned,
+            THRESHOLDS=settings.thresholds(boxes.dtype),
             TILE=TILE,
             STEP=BOXES_PER_STEP,
             enable_fp_fusion=False,
@@ -411,8 +401,8 @@ def _launch_roi_align_backward(
             C=channels,
             PH=grad.shape[2],
             PW=grad.shape[3],
-            RATIO=max(sampling_ratio, 0),
-            ALIGNED=aligned,
+            RATIO=max(settings.sampling_ratio, 0),
+            ALIGNED=settings.aligned,
             MAXIMUM=maximum,
             CHANNELS_LAST=channels_last,
             TILE=TILE,
@@ -421,7 +411,7 @@ def _launch_roi_align_backward(
             CHANNELS=block,
             PRODUCT=_PRODUCT_DTYPE[grad.dtype],
             PRECISION="tf32x3" if grad.dtype == torch.float32 and target_backend() == "cuda" else "ieee",
-            num_warps=NUM_WARPS_ADAPTIVE if several_products and sampling_ratio <= 0 else NUM_WARPS,
+            num_warps=NUM_WARPS_ADAPTIVE if several_products and settings.sampling_ratio <= 0 else NUM_WARPS,
             num_stages=NUM_STAGES,
             enable_fp_fusion=False,
         )

@@ -27,11 +27,30 @@ import torch
 from torch import Tensor
 
 from fastmask.kernels._runtime import divide, float_of, jit, tl
-from fastmask.kernels.fpn_levels import LevelRule, assign_fpn_levels
+from fastmask.kernels.fpn_levels import LevelRule, area_thresholds, assign_fpn_levels, level_range
 from fastmask.kernels.roi_boxes import image_indices
 
 # Visited beyond the last sample that can be inside; more than rounding can move one.
 _MARGIN = 2
+
+
+class Settings(NamedTuple):
+    """How RoIAlign samples: the last arguments of its operators, in their order."""
+
+    spatial_scales: list[float]
+    sampling_ratio: int
+    aligned: bool
+    canonical_box_size: float
+    canonical_level: int
+    level_rounding: str
+
+    @property
+    def rule(self) -> LevelRule:
+        return LevelRule(self.canonical_box_size, self.canonical_level, self.level_rounding)
+
+    def thresholds(self, dtype: torch.dtype) -> tuple[int, ...]:
+        """See `area_thresholds`."""
+        return area_thresholds(*level_range(self.spatial_scales), self.rule, dtype)
 
 
 class Samples(NamedTuple):
@@ -52,11 +71,12 @@ class _Axis(NamedTuple):
     visited: Tensor  # [K * P] its number of samples
 
 
-def select_boxes(boxes: Tensor, images: int, scales: list[float], rule: LevelRule) -> list[Tensor]:
+def select_boxes(boxes: Tensor, images: int, settings: Settings) -> list[Tensor]:
     """The rows of `boxes [K, 5]` that are pooled from each level."""
     image_indices(boxes, images)
     side = boxes[:, 3:] - boxes[:, 1:3]
-    level = assign_fpn_levels(boxes[:, 1:], scales, rule).where(side.isfinite().all(1), -1)
+    scales = settings.spatial_scales
+    level = assign_fpn_levels(boxes[:, 1:], scales, settings.rule).where(side.isfinite().all(1), -1)
     return [(level == index).nonzero()[:, 0] for index in range(len(scales))]
 
 
@@ -92,12 +112,12 @@ def sample_boxes(
     level: tuple[int, int, int],
     pooled: tuple[int, int],
     scale: float,
-    ratio: int,
-    aligned: bool,
+    settings: Settings,
     mean: bool,
 ) -> Samples:
     """All samples of `boxes [K, 5]` on a level of N x H x W pixels."""
     images, height, width = level
+    ratio, aligned = settings.sampling_ratio, settings.aligned
     x1, y1, x2, y2 = (boxes[:, 1:] * scale - (0.5 if aligned else 0.0)).unbind(1)
     rows = _axis(y1, y2, pooled[0], height, ratio, aligned, mean)
     columns = _axis(x1, x2, pooled[1], width, ratio, aligned, mean)
