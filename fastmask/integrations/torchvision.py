@@ -21,24 +21,15 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign
 
 from fastmask import boxes as box_algebra
+from fastmask import modules
 from fastmask.kernels.nms import nms_padded
 from fastmask.kernels.paste_masks import paste_masks
-from fastmask.kernels.roi_align import multiscale_roi_align
-from fastmask.modules import infer_scales, pyramid
 
 
-class _FastPooler(MultiScaleRoIAlign):
-    def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
-        features = pyramid(x, self.featmap_names)
-        return multiscale_roi_align(
-            features,
-            boxes,
-            self.output_size,
-            infer_scales(features, image_shapes),
-            self.sampling_ratio,
-            canonical_box_size=self.canonical_scale,
-            canonical_level=self.canonical_level,
-        )
+class _FastPooler(modules.MultiScaleRoIAlign, MultiScaleRoIAlign):
+    """Our forward on torchvision's attributes, and what those lack."""
+
+    aligned, reduction, level_rounding = False, "mean", "torchvision"
 
 
 class _FastRegionProposalNetwork(RegionProposalNetwork):

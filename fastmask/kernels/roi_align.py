@@ -21,12 +21,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag
 
 from fastmask.kernels._runtime import (
-    compute_dtype,
     divide,
-    empty,
     float64_bits,
     float_of,
     is_channels_last,
@@ -39,16 +36,14 @@ from fastmask.kernels._runtime import (
 )
 from fastmask.kernels.fpn_levels import ROUNDINGS, level_range
 from fastmask.kernels.roi_align_backward import roi_align_backward
-from fastmask.kernels.roi_boxes import checked_features, checked_output_size, roi_format
+from fastmask.kernels.roi_align_reference import roi_align_reference
+from fastmask.kernels.roi_boxes import checked_features, checked_output_size, empty_pooled, roi_format
 from fastmask.kernels.roi_sampling import (
-    Samples,
     Settings,
     level_of,
     neighbours,
     sample_axis,
-    sample_boxes,
     scaled_box,
-    select_boxes,
     size_of,
 )
 
@@ -57,69 +52,6 @@ from fastmask.kernels.roi_sampling import (
 BINS_PER_PROGRAM = 8
 CHANNELS_PER_PROGRAM = {2: 256, 4: 256, 8: 64}  # by the bytes of an element
 NUM_WARPS = 4
-
-# Sample values that the maximum keeps at once, elements.
-_MAX_VALUES = 1 << 25
-
-
-def roi_align_reference(
-    features: Sequence[Tensor],
-    boxes: Tensor,
-    pooled_height: int,
-    pooled_width: int,
-    maximum: bool,
-    *arguments: Any,
-) -> tuple[Tensor, Tensor]:
-    """Each bin a bag of feature-map rows, four per sample, summed with their weights by `embedding_bag`."""
-    images, channels = features[0].shape[:2]
-    dtype, pooled = features[0].dtype, (pooled_height, pooled_width)
-    settings = Settings(*arguments)
-    output, argmax = _fake_roi_align(features, boxes, pooled_height, pooled_width, maximum)
-    selected = select_boxes(boxes, images, settings)
-    if sum(map(len, selected)) < len(boxes) or not all(feature.numel() for feature in features):
-        output.zero_()
-        argmax.zero_()
-    for feature, scale, rows in zip(features, settings.spatial_scales, selected, strict=True):
-        if not len(rows) or not feature.numel():
-            continue
-        table = feature.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
-        level = (images, feature.shape[2], feature.shape[3])
-        table = table.reshape(-1, channels).to(compute_dtype(dtype))
-        samples = sample_boxes(boxes[rows], level, pooled, scale, settings, not maximum)
-        if maximum:
-            values, winner = _max_of_samples(table, samples)
-            winner = winner.to(argmax.dtype).view(-1, *pooled, channels).permute(0, 3, 1, 2)
-            argmax.index_copy_(0, rows, winner)
-        else:
-            values = embedding_bag(
-                samples.pixel.flatten(),
-                table,
-                samples.first[:-1].to(samples.pixel.dtype) * 4,
-                mode="sum",
-                per_sample_weights=samples.weight.flatten(),
-            )
-        output.index_copy_(0, rows, values.view(-1, *pooled, channels).permute(0, 3, 1, 2).to(dtype))
-    return output, argmax
-
-
-def _max_of_samples(table: Tensor, samples: Samples) -> tuple[Tensor, Tensor]:
-    """Maximum over each bin's samples, and which sample of the bin it was, first of equals."""
-    bins = len(samples.first) - 1
-    values, winners = table.new_zeros(bins, table.shape[1]), samples.bin.new_zeros(bins, table.shape[1])
-    per_bin = max(1, int(samples.first.diff().max()))
-    step = max(1, _MAX_VALUES // (per_bin * table.shape[1]))
-    for start in range(0, bins, step):
-        first = samples.first[start : start + step + 1]
-        visited = slice(int(first[0]), int(first[-1]))
-        if visited.start == visited.stop:
-            continue
-        sampled = embedding_bag(samples.pixel[visited], table, mode="sum", per_sample_weights=samples.weight[visited])
-        offsets = first[:-1] - first[0]
-        order = torch.arange(len(sampled), device=table.device)
-        best, _, _, winner = torch.ops.aten._embedding_bag(sampled, order, offsets, False, 2)
-        values[start : start + step] = best
-        winners[start : start + step] = (winner - offsets[:, None]).clamp(min=0)
-    return values, winners
 
 
 @jit()
@@ -258,7 +190,7 @@ def _launch_roi_align(
     maximum: bool,
     *arguments: Any,
 ) -> tuple[Tensor, Tensor]:
-    output, argmax = _fake_roi_align(features, boxes, pooled_height, pooled_width, maximum)
+    output, argmax = empty_pooled(features, boxes, pooled_height, pooled_width, maximum)
     if not output.numel():
         return output, argmax
     settings = Settings(*arguments)
@@ -291,18 +223,9 @@ def _launch_roi_align(
 
 
 def _fake_roi_align(
-    features: Sequence[Tensor],
-    boxes: Tensor,
-    pooled_height: int,
-    pooled_width: int,
-    maximum: bool,
-    *_: object,
+    features: Sequence[Tensor], boxes: Tensor, pooled_height: int, pooled_width: int, maximum: bool, *_: object
 ) -> tuple[Tensor, Tensor]:
-    shape = (boxes.shape[0], features[0].shape[1], pooled_height, pooled_width)
-    channels_last = is_channels_last(features[0])
-    output = empty(features[0], shape, channels_last)
-    argmax = empty(output, shape, channels_last, torch.int32) if maximum else output.new_empty(0, dtype=torch.int32)
-    return output, argmax
+    return empty_pooled(features, boxes, pooled_height, pooled_width, maximum)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

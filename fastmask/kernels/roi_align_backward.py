@@ -23,11 +23,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag
 
 from fastmask.kernels._runtime import (
     INTERPRETED,
-    compute_dtype,
     divide,
     empty,
     float64_bits,
@@ -40,15 +38,13 @@ from fastmask.kernels._runtime import (
     tl,
     triton,
 )
+from fastmask.kernels.roi_align_reference import roi_align_backward_reference
 from fastmask.kernels.roi_sampling import (
-    Samples,
     Settings,
     level_of,
     position_of,
     sample_axis,
-    sample_boxes,
     scaled_box,
-    select_boxes,
     size_of,
 )
 
@@ -61,74 +57,6 @@ BOXES_PER_STEP = 128
 NUM_WARPS = 4
 NUM_WARPS_ADAPTIVE = 8  # of several products per box: with 4, sm_100 spills
 NUM_STAGES = 3
-
-# Gradients of single samples that the maximum's reference keeps at once, elements.
-_MAX_VALUES = 1 << 25
-
-
-def roi_align_backward_reference(
-    grad: Tensor,
-    boxes: Tensor,
-    argmax: Tensor,
-    sizes: list[int],
-    channels_last: bool,
-    maximum: bool,
-    *arguments: Any,
-) -> list[Tensor]:
-    """The transpose of the forward's sum: each pixel a bag of the bins that sampled it, in bin order."""
-    images, *sides = sizes
-    channels, pooled = grad.shape[1], (grad.shape[2], grad.shape[3])
-    settings = Settings(*arguments)
-    selected = select_boxes(boxes, images, settings)
-    grads = []
-    for height, width, scale, rows in zip(sides[::2], sides[1::2], settings.spatial_scales, selected, strict=True):
-        level = (images, height, width)
-        if not len(rows) or not images * height * width:
-            grads.append(_in_format(grad.new_zeros(*level, channels), channels_last))
-            continue
-        samples = sample_boxes(boxes[rows], level, pooled, scale, settings, not maximum)
-        table = grad[rows].contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
-        table = table.reshape(-1, channels).to(compute_dtype(grad.dtype))
-        pixels = images * height * width
-        if maximum:
-            winner = argmax[rows].permute(0, 2, 3, 1).reshape(-1, channels)
-            total = _scatter_to_winners(table, winner, samples, pixels)
-        else:
-            total = _gather_pixels(table, samples.bin, samples.pixel, samples.weight, pixels)
-        grads.append(_in_format(total.to(grad.dtype).view(*level, channels), channels_last))
-    return grads
-
-
-def _in_format(level: Tensor, channels_last: bool) -> Tensor:
-    """`[N, C, H, W]` in the format asked for, from `[N, H, W, C]`."""
-    if channels_last:
-        return level.permute(0, 3, 1, 2)
-    images, height, width, channels = level.shape
-    contiguous = level.new_empty(images, channels, height, width)
-    for to, image in zip(contiguous, level, strict=True):  # as matrices, whose transposed copy is blocked
-        to.view(channels, -1).copy_(image.view(-1, channels).t())
-    return contiguous
-
-
-def _gather_pixels(table: Tensor, row: Tensor, pixel: Tensor, weight: Tensor, pixels: int) -> Tensor:
-    """`[pixels, C]` sums of `weight * table[row]`, over entries `[S, 4]`, in a fixed order."""
-    pixel, order = pixel.flatten().sort(stable=True)
-    first = torch.searchsorted(pixel, torch.arange(pixels, dtype=pixel.dtype, device=pixel.device))
-    return embedding_bag(row[order // 4], table, first, mode="sum", per_sample_weights=weight.flatten()[order])
-
-
-def _scatter_to_winners(table: Tensor, winner: Tensor, samples: Samples, pixels: int) -> Tensor:
-    """Each bin's gradient to the sample that won it, per channel, then to the pixels of that sample."""
-    local = torch.arange(len(samples.bin), device=table.device) - samples.first[samples.bin]
-    total = table.new_zeros(pixels, table.shape[1])
-    step = max(1, _MAX_VALUES // table.shape[1])
-    for start in range(0, len(local), step):
-        part = slice(start, start + step)
-        won = winner[samples.bin[part]] == local[part, None]
-        sampled = table[samples.bin[part]].where(won, 0)
-        rows = torch.arange(len(sampled), device=table.device)
-        total += _gather_pixels(sampled, rows, samples.pixel[part], samples.weight[part], pixels)
-    return total
 
 
 @jit()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastmask.kernels._runtime import compute_dtype
+from fastmask.kernels._runtime import compute_dtype, empty, is_channels_last
 
 FEATURE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -72,3 +72,14 @@ def checked_output_size(output_size: int | Sequence[int]) -> tuple[int, int]:
     if height < 1 or width < 1:
         raise ValueError(f"output_size: expected bins >= 1, got {output_size}")
     return height, width
+
+
+def empty_pooled(
+    features: Sequence[Tensor], boxes: Tensor, pooled_height: int, pooled_width: int, maximum: bool
+) -> tuple[Tensor, Tensor]:
+    """Memory for pooled features in the format of the first level, and for the maximum's argmax."""
+    first = features[0]
+    shape = (boxes.shape[0], first.shape[1], pooled_height, pooled_width)
+    output = empty(first, shape, is_channels_last(first))
+    argmax = empty(first, shape if maximum else (0, 0, 0, 0), is_channels_last(first), torch.int32)
+    return output, argmax
