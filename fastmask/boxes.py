@@ -27,7 +27,7 @@ def encode(boxes: Tensor, anchors: Tensor, weights: Sequence[float] = (1.0, 1.0,
     size, anchor_size = boxes[..., 2:] - boxes[..., :2], anchors[..., 2:] - anchors[..., :2]
     centre, anchor_centre = boxes[..., :2] + 0.5 * size, anchors[..., :2] + 0.5 * anchor_size
     deltas = torch.cat([(centre - anchor_centre) / anchor_size, (size / anchor_size).log()], -1)
-    return deltas * deltas.new_tensor(weights)
+    return torch.stack([delta * weight for delta, weight in zip(deltas.unbind(-1), weights, strict=True)], -1)
 
 
 def decode(deltas: Tensor, anchors: Tensor, weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0)) -> Tensor:
@@ -43,7 +43,7 @@ def decode(deltas: Tensor, anchors: Tensor, weights: Sequence[float] = (1.0, 1.0
     """
     _check(deltas, "deltas")
     _check(anchors, "anchors")
-    deltas = deltas / deltas.new_tensor(weights)
+    deltas = torch.stack([delta / weight for delta, weight in zip(deltas.unbind(-1), weights, strict=True)], -1)
     anchor_size = anchors[..., 2:] - anchors[..., :2]
     centre = anchors[..., :2] + 0.5 * anchor_size + deltas[..., :2] * anchor_size
     half = 0.5 * deltas[..., 2:].clamp(max=MAX_LOG_SCALE).exp() * anchor_size

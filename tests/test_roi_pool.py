@@ -18,8 +18,6 @@ NAN, INF = float("nan"), float("inf")
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 LOWEST = torch.finfo(torch.float32).min
 
-# Triton's interpreter makes a loop's bound of an array of one element, which NumPy 2.3 deprecates.
-
 
 def draw(images, channels, height, width, boxes, seed, dtype=torch.float32):
     """Features, and boxes of which some are empty, inverted, partly or altogether outside the map."""
@@ -360,6 +358,8 @@ def test_compiles_as_one_graph(device):
         (ValueError, r"boxes: expected at most one", (torch.rand(1, 1, 2, 2), [torch.rand(3, 4)] * 2, 2)),
         (TypeError, r"boxes: expected a floating", (torch.rand(1, 1, 2, 2), torch.ones(3, 5).int(), 2)),
         (ValueError, r"output_size: expected", (torch.rand(1, 1, 2, 2), [], (0, 2))),
+        (ValueError, r"output_size: expected", (torch.rand(1, 1, 2, 2), [], (2, 2, 2))),
+        (ValueError, r"spatial_scale: expected 1 positive", (torch.rand(1, 1, 2, 2), [], 2, -1.0)),
     ],
 )
 def test_bad_arguments_are_named(error, message, arguments):

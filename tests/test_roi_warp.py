@@ -80,7 +80,8 @@ def test_half_precision_and_one_graph(device):
         (ValueError, r"input: expected \[N, C, H, W\]", (torch.zeros(3, 4, 4), torch.zeros(1, 5), 2)),
         (TypeError, "input: expected float16", (torch.zeros(1, 3, 4, 4).int(), torch.zeros(1, 5), 2)),
         (ValueError, r"boxes: expected \[K, 5\]", (torch.zeros(1, 3, 4, 4), torch.zeros(1, 4), 2)),
-        (ValueError, "output_size: expected bins >= 1", (torch.zeros(1, 3, 4, 4), torch.zeros(1, 5), 0)),
+        (ValueError, "output_size: expected a number", (torch.zeros(1, 3, 4, 4), torch.zeros(1, 5), 0)),
+        (ValueError, "spatial_scale: expected 1 positive", (torch.zeros(1, 3, 4, 4), torch.zeros(1, 5), 2, math.nan)),
     ],
 )
 def test_bad_arguments_are_named(error, named, arguments):

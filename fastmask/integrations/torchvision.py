@@ -107,6 +107,8 @@ class _FastTransform(GeneralizedRCNNTransform):
         image_shapes: list[tuple[int, int]],
         original_image_sizes: list[tuple[int, int]],
     ) -> list[dict[str, Tensor]]:
+        if self.training:
+            return super().postprocess(result, image_shapes, original_image_sizes)
         masks = [detections.pop("masks", None) for detections in result]
         result = super().postprocess(result, image_shapes, original_image_sizes)
         for detections, mask, size in zip(result, masks, original_image_sizes, strict=False):

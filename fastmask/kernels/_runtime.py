@@ -59,7 +59,7 @@ def register(
     """
     name = LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
     LIBRARY.impl(name, launch if INTERPRETED else reference, "CPU")
-    for device in ("CUDA", "XPU"):  # ROCm answers to CUDA
+    for device in ("CUDA", "XPU") if triton else ():  # ROCm answers to CUDA
         LIBRARY.impl(name, launch, device)
     for device in ("AutocastCPU", "AutocastCUDA", "AutocastXPU"):
         LIBRARY.impl(name, torch.library.fallthrough_kernel, device)

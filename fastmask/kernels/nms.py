@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmask.kernels._runtime import compute_dtype, float64_bits, on_device_of, register, tl, triton
+from fastmask.kernels._runtime import compute_dtype, float64_bits, on_device_of, register, triton, triton_dtype
 from fastmask.kernels.nms_kernels import (
     scan_bits_kernel,
     scan_boxes_kernel,
@@ -77,7 +77,7 @@ def _launch_nms_padded(
 
     dtype = compute_dtype(boxes.dtype)
     bits_of = float64_bits(iou_threshold if dtype == torch.float64 else float32_at_most(iou_threshold))
-    exact = {"dtype": tl.float64 if dtype == torch.float64 else tl.float32, "enable_fp_fusion": False}
+    exact = {"dtype": triton_dtype(dtype), "enable_fp_fusion": False}
     with on_device_of(boxes):
         if max_output <= FEW:
             scan_boxes_kernel[(batch,)](

@@ -37,9 +37,10 @@ from fastmask.kernels._runtime import (
 from fastmask.kernels.fpn_levels import ROUNDINGS, level_range
 from fastmask.kernels.roi_align_backward import roi_align_backward
 from fastmask.kernels.roi_align_reference import roi_align_reference
-from fastmask.kernels.roi_boxes import checked_features, checked_output_size, empty_pooled, roi_format
+from fastmask.kernels.roi_boxes import checked_features, checked_output_size, checked_scales, empty_pooled, roi_format
 from fastmask.kernels.roi_sampling import (
     Settings,
+    finite_box,
     level_of,
     neighbours,
     sample_axis,
@@ -108,12 +109,12 @@ def _roi_align_forward_kernel(
 
     value = tl.zeros((BINS, CHANNELS), dtype)
     winner = tl.zeros((BINS, CHANNELS), tl.int32)
-    if pooled & (height > 0) & (width > 0):
-        x1, y1, x2, y2 = scaled_box(box, float_of(scale, dtype), ALIGNED)
+    x1, y1, x2, y2 = scaled_box(box, float_of(scale, dtype), ALIGNED)
+    if pooled & finite_box(x1, y1, x2, y2) & (height > 0) & (width > 0):
         row, column = (bin // PW).to(dtype), (bin % PW).to(dtype)
         base_y, bin_y, grid_y, skip_y, visit_y = sample_axis(y1, y2, row, height, PH, RATIO, ALIGNED)
         base_x, bin_x, grid_x, skip_x, visit_x = sample_axis(x1, x2, column, width, PW, RATIO, ALIGNED)
-        if RATIO > 0:
+        if RATIO > 0 and RATIO <= 3:  # unrolled; from there on, compiling takes longer than it is worth
             for i in tl.static_range(RATIO):
                 top, bottom, above, below = neighbours(base_y, bin_y, grid_y, skip_y + i, height)
                 for j in tl.static_range(RATIO):
@@ -296,9 +297,7 @@ def multiscale_roi_align(
     features = checked_features(features, "features")
     rois = roi_format(boxes, features[0])
     pooled_height, pooled_width = checked_output_size(output_size)
-    scales = [float(scale) for scale in spatial_scales]
-    if len(scales) != len(features) or not all(0 < scale < float("inf") for scale in scales):
-        raise ValueError(f"spatial_scales: expected {len(features)} positive numbers, got {scales}")
+    scales = checked_scales(spatial_scales, len(features), "spatial_scales")
     if reduction not in ("mean", "max"):
         raise ValueError(f'reduction: expected "mean" or "max", got {reduction!r}')
     if not 0 < canonical_box_size < float("inf"):

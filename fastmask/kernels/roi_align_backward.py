@@ -41,6 +41,7 @@ from fastmask.kernels._runtime import (
 from fastmask.kernels.roi_align_reference import roi_align_backward_reference
 from fastmask.kernels.roi_sampling import (
     Settings,
+    finite_box,
     level_of,
     position_of,
     sample_axis,
@@ -112,7 +113,7 @@ def _list_boxes_kernel(
         box = boxes + tl.minimum(k, num_boxes - 1).to(tl.int64) * 5
         box_image, box_level, pooled = level_of(box, num_images, THRESHOLDS, len(sizes))
         x1, y1, x2, y2 = scaled_box(box, scale, ALIGNED)
-        hit = (k < num_boxes) & pooled & (box_image == image) & (box_level == level)
+        hit = (k < num_boxes) & pooled & finite_box(x1, y1, x2, y2) & (box_image == image) & (box_level == level)
         hit &= _reaches(y1, y2, first_row, TILE, ALIGNED) & _reaches(x1, x2, first_column, TILE, ALIGNED)
         place = count + tl.cumsum(hit.to(tl.int32), 0) - 1
         tl.store(listed + place, k, mask=hit)
@@ -133,7 +134,7 @@ def _axis_weights(start, end, p, pixel, extent, BINS: tl.constexpr, RATIO: tl.co
     """W `[pixels, bins]` along one axis, divided by the bin's number of samples."""
     base, bin, grid, skipped, visited = sample_axis(start, end, p.to(start.dtype), extent, BINS, RATIO, ALIGNED)
     weights = tl.zeros((pixel.shape[0], p.shape[0]), start.dtype)
-    if RATIO > 0:
+    if RATIO > 0 and RATIO <= 3:
         for i in tl.static_range(RATIO):
             weights += _sample_weights(base, bin, grid, skipped + i, pixel, extent)
     else:
@@ -157,8 +158,10 @@ def _bins_reaching(start, end, first, BINS: tl.constexpr, ALIGNED: tl.constexpr,
 @jit()
 def _add_bins(
     total,
-    grad,  # [PH, PW, C] of one box
-    first_bin,
+    grad,  # [K, PH, PW, C]
+    k,
+    first_p,
+    first_q,
     weight_x,  # [TILE, COLUMNS]
     y1,
     y2,
@@ -177,16 +180,17 @@ def _add_bins(
     PRODUCT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """`total` and the product of weights and gradient of bin rows first_bin .. first_bin + ROWS - 1."""
+    """`total` and the product of weights and gradient of ROWS x COLUMNS bins of box k."""
     rows = first_row + tl.arange(0, TILE)
-    weight_y = _axis_weights(y1, y2, first_bin + tl.arange(0, ROWS), rows, height, PH, RATIO, ALIGNED)
+    weight_y = _axis_weights(y1, y2, first_p + tl.arange(0, ROWS), rows, height, PH, RATIO, ALIGNED)
     weight = weight_y[:, None, :, None] * weight_x[None, :, None, :]
     weight = tl.reshape(weight, (TILE * TILE, ROWS * COLUMNS))
-    p = first_bin + tl.arange(0, ROWS * COLUMNS) // COLUMNS
-    q = tl.arange(0, ROWS * COLUMNS) % COLUMNS
+    p = first_p + tl.arange(0, ROWS * COLUMNS) // COLUMNS
+    q = first_q + tl.arange(0, ROWS * COLUMNS) % COLUMNS
     inside = ((p < PH) & (q < PW))[:, None]
     if C % CHANNELS != 0:
         inside &= (channel < C)[None, :]
+    grad += k * (PH * PW * C)
     owed = tl.load(grad + ((p * PW + q) * C)[:, None] + channel[None, :], mask=inside, other=0.0)
     return tl.dot(weight.to(PRODUCT), owed.to(PRODUCT), total, input_precision=PRECISION, out_dtype=total.dtype)
 
@@ -212,7 +216,7 @@ def _roi_align_backward_kernel(
     CHANNELS_LAST: tl.constexpr,
     TILE: tl.constexpr,
     ROWS: tl.constexpr,  # bin rows of one product
-    COLUMNS: tl.constexpr,  # PW, rounded up to a power of two
+    COLUMNS: tl.constexpr,  # and bin columns: PW, rounded up to a power of two, or less
     CHANNELS: tl.constexpr,
     PRODUCT: tl.constexpr,  # dtype of the product's factors
     PRECISION: tl.constexpr,
@@ -249,21 +253,23 @@ def _roi_align_backward_kernel(
                     weight *= _sample_weights(base_x, bin_x, grid_x, skip_x + won % across, column, width)
                     total += weight * owed[None, :]
         else:
-            place = grad + k * (PH * PW * C)
             columns = first_column + tl.arange(0, TILE)
-            weight_x = _axis_weights(x1, x2, tl.arange(0, COLUMNS), columns, width, PW, RATIO, ALIGNED)
-            if PH <= ROWS:
+            if PH <= ROWS and PW <= COLUMNS:
+                weight_x = _axis_weights(x1, x2, tl.arange(0, COLUMNS), columns, width, PW, RATIO, ALIGNED)
                 total = _add_bins(
-                    total, place, 0, weight_x, y1, y2, first_row, height, channel,
+                    total, grad, k, 0, 0, weight_x, y1, y2, first_row, height, channel,
                     C, PH, PW, RATIO, ALIGNED, TILE, ROWS, COLUMNS, CHANNELS, PRODUCT, PRECISION,
                 )  # fmt: skip
             else:
                 first_bin, last_bin = _bins_reaching(y1, y2, first_row, PH, ALIGNED, TILE)
-                for p in range(first_bin, last_bin, ROWS):
-                    total = _add_bins(
-                        total, place, p, weight_x, y1, y2, first_row, height, channel,
-                        C, PH, PW, RATIO, ALIGNED, TILE, ROWS, COLUMNS, CHANNELS, PRODUCT, PRECISION,
-                    )  # fmt: skip
+                for q in range(0, PW, COLUMNS):
+                    bins = q + tl.arange(0, COLUMNS)
+                    weight_x = _axis_weights(x1, x2, bins, columns, width, PW, RATIO, ALIGNED)
+                    for p in range(first_bin, last_bin, ROWS):
+                        total = _add_bins(
+                            total, grad, k, p, q, weight_x, y1, y2, first_row, height, channel,
+                            C, PH, PW, RATIO, ALIGNED, TILE, ROWS, COLUMNS, CHANNELS, PRODUCT, PRECISION,
+                        )  # fmt: skip
 
     if CHANNELS_LAST:
         place = (image.to(tl.int64) * height * width + row.to(tl.int64) * width + column)[:, None] * C
@@ -303,9 +309,9 @@ def _launch_roi_align_backward(
     listed = torch.empty(tiles, len(boxes), dtype=torch.int32, device=boxes.device)
     counts = torch.empty(tiles, dtype=torch.int32, device=boxes.device)
     block = CHANNELS_PER_PROGRAM[grad.element_size()]
-    columns = triton.next_power_of_2(grad.shape[3])
-    rows = max(BINS_PER_PRODUCT // columns, 1)
-    several_products = grad.shape[2] > rows
+    columns = min(triton.next_power_of_2(grad.shape[3]), BINS_PER_PRODUCT)
+    rows = BINS_PER_PRODUCT // columns
+    several_products = grad.shape[2] > rows or grad.shape[3] > columns
     with on_device_of(boxes):
         _list_boxes_kernel[(tiles,)](
             boxes.contiguous(),

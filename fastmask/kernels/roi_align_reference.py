@@ -16,7 +16,7 @@ from torch.nn.functional import embedding_bag
 
 from fastmask.kernels._runtime import compute_dtype
 from fastmask.kernels.roi_boxes import empty_pooled
-from fastmask.kernels.roi_sampling import Samples, Settings, sample_boxes, select_boxes
+from fastmask.kernels.roi_sampling import Samples, Settings, in_pieces, sample_boxes, select_boxes
 
 # Values, or gradients, of single samples that the maximum keeps at a time, elements.
 MAX_VALUES = 1 << 25
@@ -39,26 +39,27 @@ def roi_align_reference(
     if sum(map(len, selected)) < len(boxes) or not all(feature.numel() for feature in features):
         output.zero_()
         argmax.zero_()
-    for feature, scale, rows in zip(features, settings.spatial_scales, selected, strict=True):
-        if not len(rows) or not feature.numel():
+    for feature, scale, on_level in zip(features, settings.spatial_scales, selected, strict=True):
+        if not len(on_level) or not feature.numel():
             continue
         table = feature.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
         level = (images, feature.shape[2], feature.shape[3])
         table = table.reshape(-1, channels).to(compute_dtype(dtype))
-        samples = sample_boxes(boxes[rows], level, pooled, scale, settings, not maximum)
-        if maximum:
-            values, winner = _max_of_samples(table, samples)
-            winner = winner.to(argmax.dtype).view(-1, *pooled, channels).permute(0, 3, 1, 2)
-            argmax.index_copy_(0, rows, winner)
-        else:
-            values = embedding_bag(
-                samples.pixel.flatten(),
-                table,
-                samples.first[:-1].to(samples.pixel.dtype) * 4,
-                mode="sum",
-                per_sample_weights=samples.weight.flatten(),
-            )
-        output.index_copy_(0, rows, values.view(-1, *pooled, channels).permute(0, 3, 1, 2).to(dtype))
+        for rows in in_pieces(boxes, on_level, level, pooled, scale, settings):
+            samples = sample_boxes(boxes[rows], level, pooled, scale, settings, not maximum)
+            if maximum:
+                values, winner = _max_of_samples(table, samples)
+                winner = winner.to(argmax.dtype).view(-1, *pooled, channels).permute(0, 3, 1, 2)
+                argmax.index_copy_(0, rows, winner)
+            else:
+                values = embedding_bag(
+                    samples.pixel.flatten(),
+                    table,
+                    samples.first[:-1].to(samples.pixel.dtype) * 4,
+                    mode="sum",
+                    per_sample_weights=samples.weight.flatten(),
+                )
+            output.index_copy_(0, rows, values.view(-1, *pooled, channels).permute(0, 3, 1, 2).to(dtype))
     return output, argmax
 
 
@@ -97,20 +98,21 @@ def roi_align_backward_reference(
     settings = Settings(*arguments)
     selected = select_boxes(boxes, images, settings)
     grads = []
-    for height, width, scale, rows in zip(sides[::2], sides[1::2], settings.spatial_scales, selected, strict=True):
-        level = (images, height, width)
-        if not len(rows) or not images * height * width:
-            grads.append(_in_format(grad.new_zeros(*level, channels), channels_last))
-            continue
-        samples = sample_boxes(boxes[rows], level, pooled, scale, settings, not maximum)
-        table = grad[rows].contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
-        table = table.reshape(-1, channels).to(compute_dtype(grad.dtype))
-        pixels = images * height * width
-        if maximum:
-            winner = argmax[rows].permute(0, 2, 3, 1).reshape(-1, channels)
-            total = _scatter_to_winners(table, winner, samples, pixels)
-        else:
-            total = _gather_pixels(table, samples.bin, samples.pixel, samples.weight, pixels)
+    for height, width, scale, on_level in zip(sides[::2], sides[1::2], settings.spatial_scales, selected, strict=True):
+        level, pixels = (images, height, width), images * height * width
+        total = None
+        for rows in in_pieces(boxes, on_level, level, pooled, scale, settings) if pixels and len(on_level) else []:
+            samples = sample_boxes(boxes[rows], level, pooled, scale, settings, not maximum)
+            table = grad[rows].contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+            table = table.reshape(-1, channels).to(compute_dtype(grad.dtype))
+            if maximum:
+                winner = argmax[rows].permute(0, 2, 3, 1).reshape(-1, channels)
+                part = _scatter_to_winners(table, winner, samples, pixels)
+            else:
+                part = _gather_pixels(table, samples.bin, samples.pixel, samples.weight, pixels)
+            total = part if total is None else total.add_(part)
+        if total is None:
+            total = grad.new_zeros(pixels, channels)
         grads.append(_in_format(total.to(grad.dtype).view(*level, channels), channels_last))
     return grads
 

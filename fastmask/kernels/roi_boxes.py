@@ -24,6 +24,8 @@ def checked_features(features: Sequence[Tensor], name: str) -> list[Tensor]:
         if feature.ndim != 4 or feature.shape[:2] != first.shape[:2]:
             shapes = [list(feature.shape) for feature in features]
             raise ValueError(f"{name}: expected [N, C, H, W] with the same N and C at each level, got {shapes}")
+        if max(feature.shape[2:]) >= 2**30:  # what pack_size holds
+            raise ValueError(f"{name}: expected sides below 2^30, got {list(feature.shape)}")
         if feature.device != first.device:
             raise ValueError(f"{name}: expected all levels on {first.device}, got {feature.device}")
         dtype = torch.promote_types(dtype, feature.dtype)
@@ -68,10 +70,18 @@ def _check_boxes(boxes: Tensor, columns: int, features: Tensor) -> None:
 
 def checked_output_size(output_size: int | Sequence[int]) -> tuple[int, int]:
     """`(PH, PW)`, both at least 1."""
-    height, width = (output_size, output_size) if isinstance(output_size, int) else output_size
-    if height < 1 or width < 1:
-        raise ValueError(f"output_size: expected bins >= 1, got {output_size}")
-    return height, width
+    size = (output_size, output_size) if isinstance(output_size, int) else tuple(output_size)
+    if len(size) != 2 or min(size) < 1:
+        raise ValueError(f"output_size: expected a number of bins >= 1, or two, got {output_size}")
+    return size
+
+
+def checked_scales(scales: Sequence[float], count: int, name: str) -> list[float]:
+    """`count` positive finite numbers."""
+    scales = [float(scale) for scale in scales]
+    if len(scales) != count or not all(0 < scale < float("inf") for scale in scales):
+        raise ValueError(f"{name}: expected {count} positive finite, got {scales}")
+    return scales
 
 
 def empty_pooled(

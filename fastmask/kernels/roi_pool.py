@@ -42,7 +42,7 @@ from fastmask.kernels._runtime import (
     triton_dtype,
 )
 from fastmask.kernels.roi_align import roi_align
-from fastmask.kernels.roi_boxes import checked_features, checked_output_size, image_indices, roi_format
+from fastmask.kernels.roi_boxes import checked_features, checked_output_size, checked_scales, image_indices, roi_format
 from fastmask.kernels.roi_pool_backward import roi_pool_backward
 from fastmask.kernels.roi_pool_bins import bin_edges, bin_spans, pixel_table, quantise, windows
 
@@ -241,6 +241,7 @@ def roi_pool(
     if input.shape[2] * input.shape[3] >= 2**31:
         raise ValueError(f"input: expected fewer than 2^31 pixels per image, got {list(input.shape)}")
     pooled_height, pooled_width = checked_output_size(output_size)
+    checked_scales([spatial_scale], 1, "spatial_scale")
     output, _ = _roi_pool(input, roi_format(boxes, input), pooled_height, pooled_width, spatial_scale)
     return output
 
@@ -265,8 +266,9 @@ def roi_warp(
         `[K, C, PH, PW]`, differentiable with respect to `input`; deterministic. Errors as for `roi_align`.
     """
     (input,) = checked_features([input], "input")
+    checked_scales([spatial_scale], 1, "spatial_scale")
     rois = roi_format(boxes, input)
     x1, y1, width, height = (edge.to(rois.dtype) for edge in quantise(rois, spatial_scale))
-    unknown = rois.new_tensor(torch.nan)  # of a box that is not finite, whose size is 0
-    rounded = torch.stack([rois[:, 0], x1, y1, (x1 + width).where(width > 0, unknown), y1 + height], 1)
+    # A box that is not finite has size 0 here, and must not become one that is.
+    rounded = torch.stack([rois[:, 0], x1, y1, (x1 + width).where(width > 0, torch.nan), y1 + height], 1)
     return roi_align(input, rounded, output_size, 1.0, sampling_ratio, reduction=reduction)

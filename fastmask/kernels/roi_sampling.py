@@ -15,8 +15,8 @@ the same samples are inside and outside.
 An adaptive grid visits only the samples that can be inside, and a few more: all others contribute 0, and a
 box of a billion pixels would otherwise take hours.
 
-A box is *pooled* unless a side is not finite, its image is not in the batch, it has no level, or the level has
-no pixels; a box that is not pooled has zero features and receives no gradient.
+A box is *pooled* unless a side is not finite, scaled or not, its image is not in the batch, it has no level, or the
+level has no pixels; a box that is not pooled has zero features and receives no gradient.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ from fastmask.kernels._runtime import divide, float_of, jit, tl
 from fastmask.kernels.fpn_levels import LevelRule, area_thresholds, assign_fpn_levels, level_range
 from fastmask.kernels.roi_boxes import image_indices
 
+# What the reference lists at a time: some 100 bytes each.
+SAMPLES = 1 << 21
 # Visited beyond the last sample that can be inside; more than rounding can move one.
 _MARGIN = 2
 
@@ -73,11 +75,12 @@ class _Axis(NamedTuple):
 
 def select_boxes(boxes: Tensor, images: int, settings: Settings) -> list[Tensor]:
     """The rows of `boxes [K, 5]` that are pooled from each level."""
-    image_indices(boxes, images)
+    image_indices(boxes, images)  # for its check
     side = boxes[:, 3:] - boxes[:, 1:3]
     scales = settings.spatial_scales
     level = assign_fpn_levels(boxes[:, 1:], scales, settings.rule).where(side.isfinite().all(1), -1)
-    return [(level == index).nonzero()[:, 0] for index in range(len(scales))]
+    finite = [(boxes[:, 3:] * scale - boxes[:, 1:3] * scale).isfinite().all(1) for scale in scales]
+    return [((level == index) & finite[index]).nonzero()[:, 0] for index in range(len(scales))]
 
 
 def _axis(start: Tensor, end: Tensor, bins: int, extent: int, ratio: int, aligned: bool, mean: bool) -> _Axis:
@@ -107,6 +110,21 @@ def _axis(start: Tensor, end: Tensor, bins: int, extent: int, ratio: int, aligne
     return _Axis(neighbours, weights / grid[:, None] if mean else weights, first, visited)
 
 
+def in_pieces(
+    boxes: Tensor, rows: Tensor, level: tuple[int, int, int], pooled: tuple[int, int], scale: float, settings: Settings
+) -> list[Tensor]:
+    """`rows` of `boxes [K, 5]`, in pieces of some `SAMPLES` samples, so that no crowd of huge boxes fills memory."""
+    if settings.sampling_ratio > 0:
+        return list(rows.split(max(1, SAMPLES // (settings.sampling_ratio**2 * pooled[0] * pooled[1]))))
+    # A bin of n pixels has up to n + 1 samples along an axis, and at most two for each pixel of the level are visited.
+    bins = boxes.new_tensor([pooled[1], pooled[0]])
+    extent = boxes.new_tensor([level[2], level[1]])
+    side = (boxes[rows, 3:] - boxes[rows, 1:3]).abs() * scale
+    samples = (side + bins).minimum((2 * extent + 2 * _MARGIN) * bins).prod(1).long()
+    _, sizes = torch.unique_consecutive(samples.cumsum(0) // SAMPLES, return_counts=True)
+    return list(rows.split(sizes.tolist()))
+
+
 def sample_boxes(
     boxes: Tensor,
     level: tuple[int, int, int],
@@ -121,7 +139,6 @@ def sample_boxes(
     x1, y1, x2, y2 = (boxes[:, 1:] * scale - (0.5 if aligned else 0.0)).unbind(1)
     rows = _axis(y1, y2, pooled[0], height, ratio, aligned, mean)
     columns = _axis(x1, x2, pooled[1], width, ratio, aligned, mean)
-    narrow = torch.int32 if images * height * width < 2**31 else torch.int64
     device = boxes.device
     if ratio > 0:  # as many samples everywhere: their numbers need no division
         shape = (len(boxes), *pooled, ratio, ratio)
@@ -142,6 +159,7 @@ def sample_boxes(
         column = row // pooled[0] * pooled[1] + bin % pooled[1]
         row, column = rows.first[row] + local // across, columns.first[column] + local % across
     image = boxes[:, :1].long().expand(-1, pooled[0]).flatten().repeat_interleave(rows.visited)
+    narrow = torch.int32 if max(images * height * width, 4 * len(row)) < 2**31 else torch.int64
     in_table = ((image[:, None] * height + rows.neighbours) * width).to(narrow)
     pixel = in_table[row][:, :, None] + columns.neighbours.to(narrow)[column][:, None, :]
     weight = rows.weights[row][:, :, None] * columns.weights[column][:, None, :]
@@ -166,15 +184,21 @@ def scaled_box(box, scale, ALIGNED: tl.constexpr):
 
 
 @jit()
+def finite_box(x1, y1, x2, y2):
+    """Whether the sides are finite, and with them the corners; subtracted from itself, infinity is NaN."""
+    width, height = x2 - x1, y2 - y1
+    return (width - width == 0) & (height - height == 0)
+
+
+@jit()
 def level_of(box, num_images, THRESHOLDS: tl.constexpr, LEVELS: tl.constexpr):
     """Image and level of the boxes at `box`, and whether they are pooled; THRESHOLDS are float64 bits."""
     image = tl.load(box)
     x1, y1, x2, y2 = tl.load(box + 1), tl.load(box + 2), tl.load(box + 3), tl.load(box + 4)
-    width, height = x2 - x1, y2 - y1
-    pooled = (image >= 0) & (image < num_images) & (width - width == 0) & (height - height == 0)
+    pooled = (image >= 0) & (image < num_images) & finite_box(x1, y1, x2, y2)
     level = (image * 0).to(tl.int32)
     if LEVELS > 1:
-        area = width * height
+        area = (x2 - x1) * (y2 - y1)
         for boundary in tl.static_range(len(THRESHOLDS)):
             threshold = float_of(tl.full([], THRESHOLDS[boundary], tl.int64), area.dtype)
             level += (area >= threshold).to(tl.int32)
