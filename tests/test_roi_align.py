@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastmask import multiscale_roi_align, roi_align
-from fastmask.kernels import roi_sampling
+from fastmask.kernels import roi_align_backward, roi_sampling
 from fastmask.kernels._runtime import INTERPRETED
 
 NAN, INF = math.nan, math.inf
@@ -140,6 +140,15 @@ def test_more_channels_and_bins_than_a_program_takes(channels, pooled, ratio, de
     (want,) = torch.autograd.grad(want, theirs, grad)
     (got,) = torch.autograd.grad(got, ours, grad.to(device))
     torch.testing.assert_close(got.cpu(), want, rtol=0, atol=1e-12)
+
+
+def test_a_long_list_of_boxes_is_made_in_several_launches(device, monkeypatch):
+    features = [feature.to(device).requires_grad_() for feature in draw_pyramid([(9, 13), (5, 7)], channels=2)]
+    boxes = draw_boxes(4, 2, 40, seed=12).to(device)
+    out = multiscale_roi_align(features, boxes, 2, SCALES, canonical_box_size=24, canonical_level=3)
+    whole = torch.autograd.grad(out.sum(), features, retain_graph=True)
+    monkeypatch.setattr(roi_align_backward, "LISTED", 3 * len(boxes))
+    assert all(map(torch.equal, torch.autograd.grad(out.sum(), features), whole))
 
 
 @pytest.mark.reference_only

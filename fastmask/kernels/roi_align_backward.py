@@ -55,6 +55,8 @@ TILE = 8
 CHANNELS_PER_PROGRAM = {2: 64, 4: 32, 8: 32}  # by the bytes of an element
 BINS_PER_PRODUCT = 64
 BOXES_PER_STEP = 128
+# Boxes listed at a time, of all tiles together: beyond, tiles go by in several pairs of launches.
+LISTED = 1 << 25
 NUM_WARPS = 4
 NUM_WARPS_ADAPTIVE = 8  # of several products per box: with 4, sm_100 spills
 NUM_STAGES = 3
@@ -85,13 +87,14 @@ def _reaches(start, end, first, TILE: tl.constexpr, ALIGNED: tl.constexpr):
     return (tl.maximum(start, end) + 1 >= first) & (tl.minimum(start, end) <= first + TILE)
 
 
-@jit(do_not_specialize=["num_boxes", "num_images"])
+@jit(do_not_specialize=["first_tile", "num_boxes", "num_images"])
 def _list_boxes_kernel(
     boxes,  # [K, 5]
     listed,  # [tiles, K] int32: the boxes that reach each tile, in order
     counts,  # [tiles] int32
     sizes,  # L packed (H_l, W_l)
     scales,  # L float64 bits
+    first_tile,
     num_boxes,
     num_images,
     ALIGNED: tl.constexpr,
@@ -99,14 +102,14 @@ def _list_boxes_kernel(
     TILE: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    tile = tl.program_id(0)
+    tile = first_tile + tl.program_id(0)
     level, image, first_row, first_column, _, _ = _tile(tile, sizes, num_images, TILE)
     scale = scales[0]
     for index in tl.static_range(1, len(sizes)):
         if level == index:
             scale = scales[index]
     scale = float_of(scale, boxes.dtype.element_ty)
-    listed += tile.to(tl.int64) * num_boxes
+    listed += tl.program_id(0).to(tl.int64) * num_boxes
     count = 0
     for start in range(0, num_boxes, STEP):
         k = start + tl.arange(0, STEP)
@@ -118,7 +121,7 @@ def _list_boxes_kernel(
         place = count + tl.cumsum(hit.to(tl.int32), 0) - 1
         tl.store(listed + place, k, mask=hit)
         count += tl.sum(hit.to(tl.int32), 0)
-    tl.store(counts + tile, count)
+    tl.store(counts + tl.program_id(0), count)
 
 
 @jit()
@@ -195,7 +198,7 @@ def _add_bins(
     return tl.dot(weight.to(PRODUCT), owed.to(PRODUCT), total, input_precision=PRECISION, out_dtype=total.dtype)
 
 
-@jit(do_not_specialize=["num_boxes", "num_images"])
+@jit(do_not_specialize=["first_tile", "num_boxes", "num_images"])
 def _roi_align_backward_kernel(
     grad,  # [K, PH, PW, C]
     boxes,  # [K, 5]
@@ -205,6 +208,7 @@ def _roi_align_backward_kernel(
     outputs,  # L of [N, H_l, W_l, C] or [N, C, H_l, W_l]
     sizes,  # L packed (H_l, W_l)
     scales,  # L float64 bits
+    first_tile,
     num_boxes,
     num_images,
     C: tl.constexpr,
@@ -221,7 +225,7 @@ def _roi_align_backward_kernel(
     PRODUCT: tl.constexpr,  # dtype of the product's factors
     PRECISION: tl.constexpr,
 ):
-    tile = tl.program_id(0)
+    tile = first_tile + tl.program_id(0)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     dtype = boxes.dtype.element_ty
     level, image, first_row, first_column, height, width = _tile(tile, sizes, num_images, TILE)
@@ -234,8 +238,8 @@ def _roi_align_backward_kernel(
     total = tl.zeros((TILE * TILE, CHANNELS), dtype)
     pixel = tl.arange(0, TILE * TILE)
     row, column = first_row + pixel // TILE, first_column + pixel % TILE
-    listed += tile.to(tl.int64) * num_boxes
-    for entry in range(tl.load(counts + tile)):
+    listed += tl.program_id(0).to(tl.int64) * num_boxes
+    for entry in range(tl.load(counts + tl.program_id(0))):
         k = tl.load(listed + entry).to(tl.int64)
         x1, y1, x2, y2 = scaled_box(boxes + k * 5, scale, ALIGNED)
         if MAXIMUM:
@@ -300,55 +304,60 @@ def _launch_roi_align_backward(
     if not tiles or not channels:
         return grads
     settings = Settings(*arguments)
-    geometry = (
+    shapes = (
         tuple(pack_size(*level.shape[2:]) for level in grads),
         tuple(float64_bits(scale) for scale in settings.spatial_scales),
-        len(boxes),
-        images,
     )
-    listed = torch.empty(tiles, len(boxes), dtype=torch.int32, device=boxes.device)
-    counts = torch.empty(tiles, dtype=torch.int32, device=boxes.device)
     block = CHANNELS_PER_PROGRAM[grad.element_size()]
     columns = min(triton.next_power_of_2(grad.shape[3]), BINS_PER_PRODUCT)
     rows = BINS_PER_PRODUCT // columns
     several_products = grad.shape[2] > rows or grad.shape[3] > columns
-    with on_device_of(boxes):
-        _list_boxes_kernel[(tiles,)](
-            boxes.contiguous(),
-            listed,
-            counts,
-            *geometry,
-            ALIGNED=settings.aligned,
-            THRESHOLDS=settings.thresholds(boxes.dtype),
-            TILE=TILE,
-            STEP=BOXES_PER_STEP,
-            enable_fp_fusion=False,
-        )
-        _roi_align_backward_kernel[(tiles, triton.cdiv(channels, block))](
-            grad.contiguous(memory_format=torch.channels_last),
-            boxes.contiguous(),
-            argmax.contiguous(memory_format=torch.channels_last) if maximum else argmax,
-            listed,
-            counts,
-            tuple(grads),
-            *geometry,
-            C=channels,
-            PH=grad.shape[2],
-            PW=grad.shape[3],
-            RATIO=max(settings.sampling_ratio, 0),
-            ALIGNED=settings.aligned,
-            MAXIMUM=maximum,
-            CHANNELS_LAST=channels_last,
-            TILE=TILE,
-            ROWS=rows,
-            COLUMNS=columns,
-            CHANNELS=block,
-            PRODUCT=_PRODUCT_DTYPE[grad.dtype],
-            PRECISION="tf32x3" if grad.dtype == torch.float32 and target_backend() == "cuda" else "ieee",
-            num_warps=NUM_WARPS_ADAPTIVE if several_products and settings.sampling_ratio <= 0 else NUM_WARPS,
-            num_stages=NUM_STAGES,
-            enable_fp_fusion=False,
-        )
+    boxes = boxes.contiguous()
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    argmax = argmax.contiguous(memory_format=torch.channels_last)
+    step = min(tiles, max(1, LISTED // max(len(boxes), 1)))
+    listed = torch.empty(step, len(boxes), dtype=torch.int32, device=boxes.device)
+    counts = torch.empty(step, dtype=torch.int32, device=boxes.device)
+    for first_tile in range(0, tiles, step):
+        these = min(step, tiles - first_tile)
+        geometry = (*shapes, first_tile, len(boxes), images)
+        with on_device_of(boxes):
+            _list_boxes_kernel[(these,)](
+                boxes,
+                listed,
+                counts,
+                *geometry,
+                ALIGNED=settings.aligned,
+                THRESHOLDS=settings.thresholds(boxes.dtype),
+                TILE=TILE,
+                STEP=BOXES_PER_STEP,
+                enable_fp_fusion=False,
+            )
+            _roi_align_backward_kernel[(these, triton.cdiv(channels, block))](
+                grad,
+                boxes,
+                argmax,
+                listed,
+                counts,
+                tuple(grads),
+                *geometry,
+                C=channels,
+                PH=grad.shape[2],
+                PW=grad.shape[3],
+                RATIO=max(settings.sampling_ratio, 0),
+                ALIGNED=settings.aligned,
+                MAXIMUM=maximum,
+                CHANNELS_LAST=channels_last,
+                TILE=TILE,
+                ROWS=rows,
+                COLUMNS=columns,
+                CHANNELS=block,
+                PRODUCT=_PRODUCT_DTYPE[grad.dtype],
+                PRECISION="tf32x3" if grad.dtype == torch.float32 and target_backend() == "cuda" else "ieee",
+                num_warps=NUM_WARPS_ADAPTIVE if several_products and settings.sampling_ratio <= 0 else NUM_WARPS,
+                num_stages=NUM_STAGES,
+                enable_fp_fusion=False,
+            )
     return grads
 
 
