@@ -10,6 +10,8 @@ from torchvision.models import detection
 from fastmask.integrations.torchvision import accelerate, restore
 from fastmask.kernels._runtime import INTERPRETED
 
+pytestmark = pytest.mark.unpoisoned
+
 # Through the interpreter, a program of a kernel takes some 40 ms: an image and a number of boxes for a minute.
 SIZE, PROPOSALS, DETECTIONS = (96, 64, 3) if INTERPRETED else (192, 300, 20)
 
