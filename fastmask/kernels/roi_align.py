@@ -56,19 +56,22 @@ NUM_WARPS = 4
 
 
 @jit()
-def _sample(feature, top, bottom, above, below, left, right, before, after, width, channel, mask, C: tl.constexpr):
-    """Interpolated values `[bins, channels]` at one sample of each bin."""
-    value = tl.zeros((top.shape[0], channel.shape[0]), above.dtype)
+def _sample(feature, y, x, width, channel, mask, C: tl.constexpr):
+    """Interpolated values `[bins, channels]` at a sample of each bin; y and x are its `neighbours` along the axes."""
+    dtype = y[2].dtype
+    value = tl.zeros((y[0].shape[0], channel.shape[0]), dtype)
     for row in tl.static_range(2):
-        y = bottom if row else top
-        wy = below if row else above
         for column in tl.static_range(2):
-            x = right if column else left
-            wx = after if column else before
-            pixel = feature + (y.to(tl.int64) * width + x)[:, None] * C + channel[None, :]
+            pixel = feature + (y[row].to(tl.int64) * width + x[column])[:, None] * C + channel[None, :]
             loaded = tl.load(pixel) if mask is None else tl.load(pixel, mask=mask[None, :], other=0.0)
-            value = tl.fma(loaded.to(above.dtype), (wy * wx)[:, None], value)
+            value = tl.fma(loaded.to(dtype), (y[2 + row] * x[2 + column])[:, None], value)
     return value
+
+
+@jit()
+def _only(visited, taps):
+    """Neighbours with no weight for bins that have no such sample."""
+    return taps[0], taps[1], tl.where(visited, taps[2], 0.0), tl.where(visited, taps[3], 0.0)
 
 
 @jit(do_not_specialize=["num_images"])
@@ -116,24 +119,10 @@ def _roi_align_forward_kernel(
         base_x, bin_x, grid_x, skip_x, visit_x = sample_axis(x1, x2, column, width, PW, RATIO, ALIGNED)
         if RATIO > 0 and RATIO <= 3:  # unrolled; from there on, compiling takes longer than it is worth
             for i in tl.static_range(RATIO):
-                top, bottom, above, below = neighbours(base_y, bin_y, grid_y, skip_y + i, height)
+                y = neighbours(base_y, bin_y, grid_y, skip_y + i, height)
                 for j in tl.static_range(RATIO):
-                    left, right, before, after = neighbours(base_x, bin_x, grid_x, skip_x + j, width)
-                    sampled = _sample(
-                        feature,
-                        top,
-                        bottom,
-                        above,
-                        below,
-                        left,
-                        right,
-                        before,
-                        after,
-                        width,
-                        channel,
-                        mask,
-                        C,
-                    )
+                    x = neighbours(base_x, bin_x, grid_x, skip_x + j, width)
+                    sampled = _sample(feature, y, x, width, channel, mask, C)
                     if MAXIMUM:
                         better = (sampled > value) | (i + j == 0)
                         value = tl.where(better, sampled, value)
@@ -142,26 +131,10 @@ def _roi_align_forward_kernel(
                         value += sampled
         else:
             for i in range(tl.max(visit_y, 0).to(tl.int32)):
-                top, bottom, above, below = neighbours(base_y, bin_y, grid_y, skip_y + i, height)
-                above, below = tl.where(i < visit_y, above, 0.0), tl.where(i < visit_y, below, 0.0)
+                y = _only(i < visit_y, neighbours(base_y, bin_y, grid_y, skip_y + i, height))
                 for j in range(tl.max(visit_x, 0).to(tl.int32)):
-                    left, right, before, after = neighbours(base_x, bin_x, grid_x, skip_x + j, width)
-                    before, after = tl.where(j < visit_x, before, 0.0), tl.where(j < visit_x, after, 0.0)
-                    sampled = _sample(
-                        feature,
-                        top,
-                        bottom,
-                        above,
-                        below,
-                        left,
-                        right,
-                        before,
-                        after,
-                        width,
-                        channel,
-                        mask,
-                        C,
-                    )
+                    x = _only(j < visit_x, neighbours(base_x, bin_x, grid_x, skip_x + j, width))
+                    sampled = _sample(feature, y, x, width, channel, mask, C)
                     if MAXIMUM:
                         visited = ((i < visit_y) & (j < visit_x))[:, None]
                         better = visited & ((sampled > value) | (i + j == 0))
