@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from fastmask.kernels.roi_align import multiscale_roi_align, roi_align
+from fastmask.kernels.roi_boxes import checked_output_size
 from fastmask.kernels.roi_pool import roi_pool, roi_warp
 
 
@@ -122,9 +123,7 @@ class MultiScaleRoIAlign(nn.Module):
     ) -> None:
         super().__init__()
         self.featmap_names = list(featmap_names)
-        self.output_size = (
-            (output_size, output_size) if isinstance(output_size, int) else (output_size[0], output_size[1])
-        )
+        self.output_size = checked_output_size(output_size)
         self.sampling_ratio = sampling_ratio
         self.canonical_scale = canonical_scale
         self.canonical_level = canonical_level

@@ -155,10 +155,10 @@ _nms = register(
 )
 
 
-def _check(boxes: Tensor, shape: str, iou_threshold: float, **others: Tensor | None) -> None:
+def _check(boxes: Tensor, dimensions: tuple[str, ...], iou_threshold: float, **others: Tensor | None) -> None:
     """`boxes` have 4 coordinates and `others` one value per box, on the same device."""
-    if boxes.ndim != shape.count(",") + 1 or boxes.shape[-1] != 4:
-        raise ValueError(f"boxes: expected {shape}, got {list(boxes.shape)}")
+    if boxes.ndim != len(dimensions) + 1 or boxes.shape[-1] != 4:
+        raise ValueError(f"boxes: expected [{', '.join(dimensions)}, 4], got {list(boxes.shape)}")
     for name, value in (("boxes", boxes), ("scores", others["scores"])):
         if value is not None and not value.is_floating_point():
             raise TypeError(f"{name}: expected a floating dtype, got {value.dtype}")
@@ -189,7 +189,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
         ValueError: a shape or device does not match, or `iou_threshold` is outside [0, 1].
         TypeError: `boxes` or `scores` are not floating.
     """
-    _check(boxes, "[N, 4]", iou_threshold, scores=scores)
+    _check(boxes, ("N",), iou_threshold, scores=scores)
     return _nms(boxes.detach(), scores.detach(), None, iou_threshold)
 
 
@@ -199,7 +199,7 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
     torchvision shifts each class out of the others' reach when boxes are few, which rounds their IoUs; this
     is its exact variant, for any number of boxes. Errors as for `nms`.
     """
-    _check(boxes, "[N, 4]", iou_threshold, scores=scores, idxs=idxs)
+    _check(boxes, ("N",), iou_threshold, scores=scores, idxs=idxs)
     return _nms(boxes.detach(), scores.detach(), idxs, iou_threshold)
 
 
@@ -232,7 +232,7 @@ def nms_padded(
         ValueError: a shape or device does not match, `iou_threshold` is outside [0, 1], `max_output` < 0.
         TypeError: `boxes` or `scores` are not floating, or `counts` not integer.
     """
-    _check(boxes, "[B, N, 4]", iou_threshold, scores=scores, classes=classes, counts=counts)
+    _check(boxes, ("B", "N"), iou_threshold, scores=scores, classes=classes, counts=counts)
     if counts is not None and (counts.is_floating_point() or counts.dtype == torch.bool):
         raise TypeError(f"counts: expected an integer dtype, got {counts.dtype}")
     if max_output < 0:

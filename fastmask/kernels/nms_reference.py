@@ -10,6 +10,8 @@ Equal to torchvision's CPU operator bit for bit: the same operations on the same
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,7 @@ TILE = 2048  # later boxes per pass, so that the pass's intermediates stay in ca
 SMALL = 512  # up to here, all pairs of a group at once: some waste, but few operations
 
 
+@lru_cache(maxsize=64)
 def float32_at_most(value: float) -> float:
     """The largest float32 <= value: a float32 exceeds it iff it exceeds the float64 `value`."""
     nearest = torch.tensor(value, dtype=torch.float32, device="cpu")

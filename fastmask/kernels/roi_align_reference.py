@@ -101,7 +101,7 @@ def roi_align_backward_reference(
     for height, width, scale, on_level in zip(sides[::2], sides[1::2], settings.spatial_scales, selected, strict=True):
         level, pixels = (images, height, width), images * height * width
         total = None
-        for rows in in_pieces(boxes, on_level, level, pooled, scale, settings) if pixels and len(on_level) else []:
+        for rows in in_pieces(boxes, on_level, level, pooled, scale, settings):
             samples = sample_boxes(boxes[rows], level, pooled, scale, settings, not maximum)
             table = grad[rows].contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
             table = table.reshape(-1, channels).to(compute_dtype(grad.dtype))

@@ -113,7 +113,12 @@ def _axis(start: Tensor, end: Tensor, bins: int, extent: int, ratio: int, aligne
 def in_pieces(
     boxes: Tensor, rows: Tensor, level: tuple[int, int, int], pooled: tuple[int, int], scale: float, settings: Settings
 ) -> list[Tensor]:
-    """`rows` of `boxes [K, 5]`, in pieces of some `SAMPLES` samples, so that no crowd of huge boxes fills memory."""
+    """`rows` of `boxes [K, 5]`, in pieces of some `SAMPLES` samples, so that no crowd of huge boxes fills memory.
+
+    None of them if there is nothing to sample: no rows, or no pixels.
+    """
+    if not len(rows) or not all(level):
+        return []
     if settings.sampling_ratio > 0:
         return list(rows.split(max(1, SAMPLES // (settings.sampling_ratio**2 * pooled[0] * pooled[1]))))
     # A bin of n pixels has up to n + 1 samples along an axis, and at most two for each pixel of the level are visited.
