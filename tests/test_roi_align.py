@@ -319,7 +319,10 @@ def test_nothing_to_pool(reduction, device):
         assert torch.autograd.grad(out.sum(), leaf)[0].eq(0).all()
     for shape in ((0, 5, 6, 7), (2, 0, 6, 7)):
         boxes = torch.zeros(0 if not shape[0] else 1, 5, device=device)
-        assert roi_align(torch.zeros(shape, device=device), boxes, 2).shape == (len(boxes), shape[1], 2, 2)
+        leaf = torch.zeros(shape, device=device, requires_grad=True)
+        out = roi_align(leaf, boxes, 2, reduction=reduction)
+        assert out.shape == (len(boxes), shape[1], 2, 2)
+        assert torch.autograd.grad(out.sum(), leaf)[0].shape == shape
     no_pixels = [torch.zeros(1, 2, 8, 8, device=device), torch.zeros(1, 2, 0, 4, device=device)]
     boxes = torch.tensor([[0, 0, 0, 900, 900.0]], device=device)
     assert multiscale_roi_align(no_pixels, boxes, 2, [1 / 4, 1 / 8]).eq(0).all()

@@ -100,6 +100,7 @@ def roi_align_backward_reference(
     grads = []
     for height, width, scale, on_level in zip(sides[::2], sides[1::2], settings.spatial_scales, selected, strict=True):
         level, pixels = (images, height, width), images * height * width
+        on_level = on_level if channels else on_level[:0]
         total = None
         for rows in in_pieces(boxes, on_level, level, pooled, scale, settings):
             samples = sample_boxes(boxes[rows], level, pooled, scale, settings, not maximum)
@@ -124,7 +125,7 @@ def _in_format(level: Tensor, channels_last: bool) -> Tensor:
     images, height, width, channels = level.shape
     contiguous = level.new_empty(images, channels, height, width)
     for to, image in zip(contiguous, level, strict=True):  # as matrices, whose transposed copy is blocked
-        to.view(channels, -1).copy_(image.view(-1, channels).t())
+        to.flatten(1).copy_(image.flatten(0, 1).t())
     return contiguous
 
 
