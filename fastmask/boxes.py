@@ -50,12 +50,17 @@ def decode(deltas: Tensor, anchors: Tensor, weights: Sequence[float] = (1.0, 1.0
     return torch.cat([centre - half, centre + half], -1)
 
 
-def clip(boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
-    """Boxes `[..., 4]` limited to an image of `(height, width)` pixels."""
+def clip(boxes: Tensor, image_size: tuple[int, int] | Tensor) -> Tensor:
+    """Boxes `[..., 4]` limited to an image of `(height, width)` pixels, or to images of `[..., 2]`, broadcast."""
     _check(boxes, "boxes")
-    height, width = image_size
-    x, y = boxes[..., ::2].clamp(0, width), boxes[..., 1::2].clamp(0, height)
-    return torch.stack([x, y], -1).flatten(-2)
+    if not isinstance(image_size, Tensor):
+        height, width = image_size
+        x, y = boxes[..., ::2].clamp(0, width), boxes[..., 1::2].clamp(0, height)
+        return torch.stack([x, y], -1).flatten(-2)
+    if not image_size.ndim or image_size.shape[-1] != 2:
+        raise ValueError(f"image_size: expected [..., 2], got {list(image_size.shape)}")
+    limit = image_size.flip(-1).to(boxes.dtype)
+    return boxes.clamp(min=0).minimum(torch.cat([limit, limit], -1))
 
 
 def area(boxes: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torchvision.models import detection
 
 from fastmask.integrations.torchvision import accelerate, restore
 from fastmask.kernels._runtime import INTERPRETED
+from tests import detectors
 
 pytestmark = pytest.mark.unpoisoned
 
@@ -16,30 +17,8 @@ pytestmark = pytest.mark.unpoisoned
 SIZE, PROPOSALS, DETECTIONS = (96, 64, 3) if INTERPRETED else (192, 300, 20)
 
 
-def build(name, **options):
-    torch.manual_seed(0)
-    model = getattr(detection, name)(
-        weights=None,
-        weights_backbone=None,
-        num_classes=2 if name.startswith("keypoint") else 4,
-        min_size=SIZE,
-        max_size=2 * SIZE,
-        rpn_pre_nms_top_n_test=PROPOSALS,
-        rpn_post_nms_top_n_test=PROPOSALS // 8,
-        box_score_thresh=0.0,
-        box_detections_per_img=DETECTIONS,
-        **options,
-    )
-    with torch.no_grad():  # untrained, it would blow up its features until no proposal is left
-        seen = model.transform(images("cpu"))[0].tensors
-        for module in model.backbone.modules():
-            if isinstance(module, torch.nn.BatchNorm2d):
-                module.momentum = 1.0
-        model.backbone(seen)
-        levels = model.backbone.eval()(seen)
-        for block, level in zip(model.backbone.fpn.layer_blocks, levels.values(), strict=False):
-            block[0].weight /= level.std()
-    return model.eval()
+def build(name):
+    return detectors.build(name, SIZE, proposals=PROPOSALS, detections=DETECTIONS)
 
 
 def images(device):

@@ -1,0 +1,1 @@
+"""COCO-format data: reading it, augmenting it, and making some."""

@@ -1,0 +1,219 @@
+"""Data sets in COCO's format: COCO itself, and anybody's own."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import io
+import pickle
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from fastmask.boxes import clip
+from models.data import annotations as coco_json
+from models.data.pictures import read_image
+from models.data.problems import DataError, Problems
+from models.structures import Target
+
+# COCO's keypoints are indices of pixels, ours are continuous as boxes are: the centre of pixel i is at i + 0.5.
+# What goes back into COCO's format has to subtract it.
+PIXEL_CENTRE = 0.5
+
+
+@contextlib.contextmanager
+def _no_garbage() -> Iterator[None]:
+    """Millions of small objects, all in use: Python's collector would look through them again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+class CocoDataset(Dataset[tuple[Tensor, Target]]):
+    """Pictures with their ground truth, from `root/annotations/<annotations>_<split>.json` and `root/<split>/`.
+
+    The annotations are checked here, before any work starts; pictures when they are read. What of the annotations is
+    bad is raised, or counted in `problems` and left out.
+
+    Attributes:
+        categories: by rising id; label k is `categories[k - 1]`.
+        keypoint_names: of the category that has keypoints; empty unless `keypoints`.
+        image_ids: by index.
+        sizes: `[N, 2]` int64, (height, width) by index.
+        unannotated: number of images that training leaves out, having nothing to learn from.
+        problems: what was bad.
+    """
+
+    @_no_garbage()
+    def __init__(
+        self,
+        root: Path,
+        split: str,
+        annotations: str = "instances",
+        *,
+        training: bool = False,
+        masks: bool = True,
+        keypoints: bool = False,
+        on_error: Literal["raise", "skip"] = "raise",
+    ) -> None:
+        """Read and check the annotations.
+
+        Args:
+            root: folder of the data set.
+            split: such as "train2017": the folder of the pictures, and the end of the file's name.
+            annotations: the beginning of the file's name.
+            training: leave out images without an annotation to learn from, as is COCO's practice.
+            masks: whether targets have masks.
+            keypoints: whether targets have keypoints.
+            on_error: what to do with bad annotations and pictures.
+
+        Raises:
+            DataError: the file is missing or not COCO's, no image is left, or with "raise" anything is bad.
+        """
+        self.folder = Path(root) / split
+        self.path = Path(root) / "annotations" / f"{annotations}_{split}.json"
+        self.problems = Problems(on_error)
+        self.masks = masks
+        content = coco_json.load(self.path)
+        self.categories = coco_json.check_categories(content["categories"], self.path)
+        self.keypoint_names = self._keypoint_names() if keypoints else ()
+        images = coco_json.check_images(content["images"], self.path, self.problems)
+        by_image = coco_json.check_annotations(
+            content["annotations"],
+            self.path,
+            self.problems,
+            images,
+            self.categories,
+            masks=masks,
+            points=len(self.keypoint_names),
+        )
+        used = [image for id, image in images.items() if not training or self._teaches(by_image[id])]
+        if not used:
+            what = "an image with an annotation" if training else "an image"
+            raise DataError("no images", f"{self.path}: expected {what}, got none")
+        self.unannotated = len(images) - len(used)
+        self.image_ids = [image["id"] for image in used]
+        self.sizes = torch.tensor([(image["height"], image["width"]) for image in used])
+        self._entries = _Packed((image, by_image[image["id"]]) for image in used)
+        self._labels = {category.id: label for label, category in enumerate(self.categories, start=1)}
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Target]:
+        """A picture, uint8 RGB `[3, H, W]`, and its ground truth in pixels of it.
+
+        Raises:
+            DataError: the picture is missing, broken or not of the size that its annotations are for.
+        """
+        entry, annotations = self._entries[index]
+        return self._read(entry), self._target(entry, annotations)
+
+    def image(self, index: int) -> Tensor:
+        """The picture alone, as `__getitem__` has it."""
+        return self._read(self._entries[index][0])
+
+    @_no_garbage()
+    def ground_truth(self) -> COCO:
+        """The images and the usable annotations as pycocotools has them, for its evaluation."""
+        entries = [self._entries[index] for index in range(len(self))]
+        coco: Any = COCO()
+        coco.dataset = {
+            "images": [image for image, _ in entries],
+            "annotations": [annotation for _, annotations in entries for annotation in annotations],
+            "categories": [{"id": category.id, "name": category.name} for category in self.categories],
+        }
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints that it works
+            coco.createIndex()
+        return coco
+
+    def summary(self) -> str:
+        """What was read, what was left out and why, in lines."""
+        left_out = f", {self.unannotated} with nothing to learn from left out" if self.unannotated else ""
+        return f"{self.path}: {len(self)} images{left_out}; {self.problems.summary()}"
+
+    def _keypoint_names(self) -> tuple[str, ...]:
+        names = {category.keypoints for category in self.categories if category.keypoints}
+        if len(names) != 1:
+            found = [category.name for category in self.categories if category.keypoints]
+            raise DataError(
+                "no keypoints", f"{self.path}: categories: expected one list of keypoints, got {len(names)} ({found})"
+            )
+        return names.pop()
+
+    def _teaches(self, annotations: list[coco_json.Entry]) -> bool:
+        """With keypoints, an image of people in the distance has none: Detectron leaves it out as well."""
+        objects = [annotation for annotation in annotations if not annotation["iscrowd"]]
+        return any(annotation["num_keypoints"] for annotation in objects) if self.keypoint_names else bool(objects)
+
+    def _read(self, entry: coco_json.Entry) -> Tensor:
+        path, height, width = self.folder / entry["file_name"], entry["height"], entry["width"]
+        try:
+            image = read_image(path)
+        except DataError as error:
+            raise DataError(error.kind, f"image {entry['id']}: {error}") from None
+        if image.shape[1:] != (height, width):
+            got = f"{image.shape[2]} x {image.shape[1]}"
+            text = f"image {entry['id']}: {path}: expected {width} x {height} pixels as annotated, got {got}"
+            raise DataError("image of another size", text)
+        return image
+
+    def _target(self, entry: coco_json.Entry, annotations: list[coco_json.Entry]) -> Target:
+        height, width = entry["height"], entry["width"]
+        objects = [annotation for annotation in annotations if not annotation["iscrowd"]]
+        crowds = [annotation for annotation in annotations if annotation["iscrowd"]]
+        return Target(
+            boxes=_boxes(objects, height, width),
+            labels=torch.tensor([self._labels[annotation["category_id"]] for annotation in objects], dtype=torch.int64),
+            crowds=_boxes(crowds, height, width),
+            masks=_masks(objects, height, width) if self.masks else None,
+            keypoints=_keypoints(objects, len(self.keypoint_names)) if self.keypoint_names else None,
+            image_id=entry["id"],
+        )
+
+
+class _Packed:
+    """Python objects as bytes of one tensor.
+
+    As objects, a worker process would come to hold a copy of them all: reading one counts its references, which
+    writes to its page.
+    """
+
+    def __init__(self, values: Iterable[Any]) -> None:
+        pieces = [pickle.dumps(value) for value in values]
+        self._ends = torch.tensor([0, *map(len, pieces)]).cumsum(0)
+        self._bytes = torch.frombuffer(bytearray().join(pieces), dtype=torch.uint8)
+
+    def __getitem__(self, index: int) -> Any:
+        start, end = self._ends[index : index + 2].tolist()
+        return pickle.loads(self._bytes[start:end].numpy().tobytes())
+
+
+def _boxes(annotations: list[coco_json.Entry], height: int, width: int) -> Tensor:
+    boxes = torch.tensor([annotation["bbox"] for annotation in annotations], dtype=torch.float32).reshape(-1, 4)
+    return clip(torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1), (height, width))
+
+
+def _masks(annotations: list[coco_json.Entry], height: int, width: int) -> Tensor:
+    if not annotations:
+        return torch.zeros(0, height, width, dtype=torch.uint8)
+    rles: Any = [coco_json.to_rle(annotation["segmentation"], height, width) for annotation in annotations]
+    return torch.from_numpy(np.ascontiguousarray(coco_mask.decode(rles).transpose(2, 0, 1)))
+
+
+def _keypoints(annotations: list[coco_json.Entry], points: int) -> Tensor:
+    values = [annotation["keypoints"] for annotation in annotations]
+    keypoints = torch.tensor(values, dtype=torch.float32).reshape(-1, points, 3)
+    keypoints[..., :2] += PIXEL_CENTRE * (keypoints[..., 2:] > 0)  # one without a label stays zero
+    return keypoints

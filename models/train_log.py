@@ -1,0 +1,84 @@
+"""What training tells: a progress bar, `log.jsonl`, TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from models.config import TrainConfig
+from models.distributed import rank
+from models.evaluate import Metrics, table
+
+
+class TrainLog:
+    """Losses and rates, averaged over `solver.log_every` iterations; silent in all processes but the first."""
+
+    def __init__(self, config: TrainConfig, start: int) -> None:
+        self.every = config.solver.log_every
+        self.path = config.output / "log.jsonl"
+        self.quiet = rank() > 0
+        self._reset()
+        self.bar = tqdm(
+            total=config.solver.iterations, initial=start, desc="train", unit="it", disable=self.quiet, smoothing=0.05
+        )
+        if self.quiet:
+            return
+        config.output.mkdir(parents=True, exist_ok=True)
+        (config.output / "config.json").write_text(json.dumps(asdict(config), indent=2, default=str) + "\n")
+        lines = self.path.read_text().splitlines() if config.resume and self.path.exists() else []
+        kept = [line for line in lines if json.loads(line)["iteration"] <= start]  # later ones happen again
+        self.path.write_text("".join(f"{line}\n" for line in kept))
+        self.board = SummaryWriter(str(config.output), purge_step=start + 1)
+
+    def __enter__(self) -> TrainLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+        if not self.quiet:
+            self.board.close()
+
+    def add(self, losses: Mapping[str, float], images: int) -> None:
+        """Count a mini-batch."""
+        self.batches += 1
+        self.images += images
+        for name, value in losses.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def step(self, iteration: int, lr: float) -> None:
+        """An iteration is done; every so many are written down."""
+        self.bar.update()
+        if iteration % self.every:
+            return
+        losses = {name: value / self.batches for name, value in self.sums.items()}
+        speed = self.images / (time.perf_counter() - self.since)
+        self._write(iteration, "train", {"loss": sum(losses.values()), **losses, "lr": lr, "images_per_second": speed})
+        self.bar.set_postfix_str(f"loss {sum(losses.values()):.3f}, {speed:.1f} images/s")
+        self._reset()
+
+    def metrics(self, iteration: int, metrics: Metrics) -> None:
+        """An evaluation is done."""
+        for task, values in metrics.items():
+            self._write(iteration, task, values)
+        if not self.quiet:
+            self.bar.write(f"iteration {iteration}\n{table(metrics)}")
+        self._reset()  # the time it took is not training's
+
+    def _write(self, iteration: int, group: str, values: Mapping[str, Any]) -> None:
+        if self.quiet:
+            return
+        with self.path.open("a") as file:
+            file.write(json.dumps({"iteration": iteration, "group": group, **values}) + "\n")
+        for name, value in values.items():
+            self.board.add_scalar(f"{group}/{name}", value, iteration)
+
+    def _reset(self) -> None:
+        self.sums: dict[str, float] = {}
+        self.batches = self.images = 0
+        self.since = time.perf_counter()
