@@ -10,8 +10,12 @@ BIN := .venv/bin
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+# Trains from scratch on generated shapes, prints COCO's AP, and draws what it finds in pictures it has not seen.
 demo: .venv/installed
-	$(BIN)/python examples/accelerate_torchvision.py
+	rm -rf runs/demo
+	$(BIN)/python -m models.train demo --output runs/demo
+	$(BIN)/python -m models.predict --checkpoint runs/demo/model.pth --output runs/demo/pictures \
+		runs/shapes/val2017/00000000000[1-9].jpg
 
 test: .venv/installed
 	$(BIN)/pytest -n 2

@@ -1,7 +1,7 @@
 """Time each operator against torchvision's, side by side in one run, and say which targets are met.
 
     python -m benchmarks.operators [--device cuda] [--threads 2] [--repeat 7] [--json PATH]
-    python -m benchmarks.operators --readme    # the README's table, from the committed CPU results
+    python -m benchmarks.operators --readme    # the README's tables, from the committed CPU results
 
 Workload: an image of 800 x 1344 pixels, its pyramid P2-P5 of 256 channels; boxes with log-uniform sides from 16 to
 600 pixels and aspect ratios up to 2, uniformly placed; random scores. Each pair must agree before it is timed,
@@ -27,9 +27,9 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 import fastmask
 
 ROOT = Path(__file__).parents[1]
-COMMITTED = ROOT / "benchmarks" / "results" / "cpu.json"
+RESULTS = ROOT / "benchmarks" / "results"
+COMMITTED = ("cpu.json", "cpu_detectors.json")  # shown in the README, each between marks of its name
 README = ROOT / "README.md"
-MARKS = "<!-- cpu.json -->\n", "\n<!-- end -->"
 
 IMAGE = (800, 1344)
 STRIDES = (4, 8, 16, 32)
@@ -229,55 +229,73 @@ def measure(case: Case, device: str, repeat: int) -> Result:
 
 def table(results: list[Result]) -> str:
     """Markdown: how many times as fast as torchvision."""
-    lines = ["| operator | times as fast as torchvision | target | |", "|---|---|---|---|"]
+    lines = ["| | times as fast as torchvision | target | |", "|---|---|---|---|"]
     for r in results:
         lines.append(f"| {r.name} | {r.ratio:.1f} | {r.target:.2g} | {'met' if r.met else 'missed'} |")
     return "\n".join(lines)
 
 
-def committed_table() -> str:
-    """The table of the committed CPU results."""
-    return table([Result(**result) for result in json.loads(COMMITTED.read_text())["results"]])
+def committed_table(name: str) -> str:
+    """The table of committed results."""
+    return table([Result(**result) for result in json.loads((RESULTS / name).read_text())["results"]])
+
+
+def shown_table(readme: str, name: str) -> str:
+    """What the README shows of them."""
+    return readme.split(f"<!-- {name} -->\n")[1].split("\n<!-- end -->")[0]
 
 
 def write_readme() -> None:
     """Put the committed results between the README's marks."""
-    before, rest = README.read_text().split(MARKS[0])
-    _, after = rest.split(MARKS[1].lstrip("\n"))
-    README.write_text(before + MARKS[0] + committed_table() + MARKS[1] + after)
+    readme = README.read_text()
+    for name in COMMITTED:
+        readme = readme.replace(shown_table(readme, name), committed_table(name))
+    README.write_text(readme)
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """Options of every comparison."""
+    result = argparse.ArgumentParser(description=description)
+    result.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    result.add_argument("--threads", type=int, default=2, help="CPU threads of both sides")
+    result.add_argument("--repeat", type=int, default=7, help="timed calls of each side")
+    result.add_argument("--json", type=Path, help="also write the results here")
+    return result
+
+
+def compare(cases: list[Case], arguments: argparse.Namespace) -> None:
+    """Measure, print, and write what is asked for."""
+    results = [measure(case, arguments.device, arguments.repeat) for case in cases]
+    print(table(results))
+    if not arguments.json:
+        return
+    on_gpu = arguments.device != "cpu"
+    report = {
+        "device": torch.cuda.get_device_name() if on_gpu else f"cpu, {arguments.threads} threads",
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "fastmask": fastmask.__version__,
+        },
+        "repeat": arguments.repeat,
+        "results": [asdict(result) for result in results],
+    }
+    arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    arguments.json.write_text(json.dumps(report, indent=2) + "\n")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Each operator against torchvision's, in one run.")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads of both sides")
-    parser.add_argument("--repeat", type=int, default=7, help="timed calls of each side")
-    parser.add_argument("--json", type=Path, help="also write the results here")
-    parser.add_argument("--readme", action="store_true", help="measure nothing, renew the README's table")
-    arguments = parser.parse_args()
+    options = parser("Each operator against torchvision's, in one run.")
+    options.add_argument("--readme", action="store_true", help="measure nothing, renew the README's tables")
+    arguments = options.parse_args()
     if arguments.readme:
         write_readme()
         return
     torch.set_num_threads(arguments.threads)
     generator = torch.Generator().manual_seed(0)
-    cases = [case for make in (pooling_cases, nms_cases, paste_cases) for case in make(arguments.device, generator)]
-    results = [measure(case, arguments.device, arguments.repeat) for case in cases]
-    print(table(results))
-    if arguments.json:
-        on_gpu = arguments.device != "cpu"
-        report = {
-            "device": torch.cuda.get_device_name() if on_gpu else f"cpu, {arguments.threads} threads",
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "torchvision": torchvision.__version__,
-                "fastmask": fastmask.__version__,
-            },
-            "repeat": arguments.repeat,
-            "results": [asdict(result) for result in results],
-        }
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+    makers = (pooling_cases, nms_cases, paste_cases)
+    compare([case for make in makers for case in make(arguments.device, generator)], arguments)
 
 
 if __name__ == "__main__":

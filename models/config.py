@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
+
+import tyro
 
 Norm = Literal["none", "batch"]
 
@@ -159,13 +161,15 @@ class DataConfig:
     train_min_sizes: tuple[int, ...] = (800,)  # §3.1; appendix B draws one of 640..800 for each image
     flip: float = 0.5  # probability of a horizontal flip
     workers: int = 2
-    on_error: Literal["raise", "skip"] = "raise"  # a bad image or annotation stops, or is counted and left out
+    # A bad image or annotation stops, or is counted and left out.
+    on_error: Annotated[Literal["raise", "skip"], tyro.conf.arg(prefix_name=False)] = "raise"
 
 
 @dataclass(frozen=True)
 class SolverConfig:
-    """Stochastic gradient descent (§3.1)."""
+    """Stochastic gradient descent (§3.1), or AdamW (Loshchilov and Hutter 2019), which is faster from scratch."""
 
+    optimizer: Literal["sgd", "adamw"] = "sgd"  # §3.1
     iterations: int = 160_000  # §3.1
     images_per_gpu: int = 2  # §3.1: 8 GPUs make the mini-batch of 16
     lr: float = 0.02  # §3.1, for 16 images in a step; scaled in proportion to how many there are

@@ -34,12 +34,18 @@ class ConvNorm(nn.Module):
 
 
 def initialise(module: nn.Module, std: float | None = None) -> None:
-    """Weights of every layer in `module` from a normal distribution, of He et al. 2015's variance unless `std`."""
+    """Draw the weights of every layer in `module`: normal of `std`, or so that activations keep their variance.
+
+    Without `std`, convolutions are drawn as in He et al. 2015, and fully connected layers, which join far more inputs
+    than they have outputs, as in Detectron: uniform, by their inputs.
+    """
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
-            if std is None:
-                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-            else:
+            if std is not None:
                 nn.init.normal_(layer.weight, std=std)
+            elif isinstance(layer, nn.Linear):
+                nn.init.kaiming_uniform_(layer.weight, a=1)
+            else:
+                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)

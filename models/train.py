@@ -67,7 +67,10 @@ def train(config: TrainConfig) -> None:
         start_from(model, config.weights)
     model.to(device).train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(parameters, lr=solver.lr, momentum=solver.momentum, weight_decay=solver.weight_decay)
+    if solver.optimizer == "sgd":
+        optimizer = torch.optim.SGD(parameters, solver.lr, solver.momentum, weight_decay=solver.weight_decay)
+    else:
+        optimizer = torch.optim.AdamW(parameters, solver.lr, weight_decay=solver.weight_decay)
     if state["optimizer"]:
         optimizer.load_state_dict(state["optimizer"])
     network = DistributedDataParallel(model) if world > 1 else model

@@ -3,6 +3,8 @@
 import torch
 from torchvision.models import detection
 
+from benchmarks.detectors import calibrate
+
 
 def build(name, size, *, proposals, detections, **options):
     """An untrained detector that still gives `detections` of each image.
@@ -28,13 +30,5 @@ def build(name, size, *, proposals, detections, **options):
         **options,
     )
     g = torch.Generator().manual_seed(1)
-    with torch.no_grad():  # untrained, it would blow up its features until no proposal is left
-        seen = model.transform([torch.rand(3, size, size + 16, generator=g)])[0].tensors
-        for module in model.backbone.modules():
-            if isinstance(module, torch.nn.BatchNorm2d):
-                module.momentum = 1.0
-        model.backbone(seen)
-        levels = model.backbone.eval()(seen)
-        for block, level in zip(model.backbone.fpn.layer_blocks, levels.values(), strict=False):
-            block[0].weight /= level.std()
+    calibrate(model, torch.rand(3, size, size + 16, generator=g))
     return model.eval()

@@ -58,11 +58,12 @@ class Figure:
 def figure(category: str, size: float, centre: Points, rng: Generator) -> Figure:
     """An object, turned and stretched, of about `size` squared pixels."""
     if category == "person":
-        result, turn, scale = _person(rng), rng.uniform(-0.3, 0.3), np.full(2, PERSON_HEIGHT * size)
+        result, scale = _person(rng), np.full(2, PERSON_HEIGHT * size)
     else:
         holes = (_circle(rng.uniform(0.26, 0.34)),) if category == "ring" else ()
         result = Figure(category, (Part("shape", "shape", (OUTLINES[category],), holes),))
-        turn, scale = rng.uniform(0, 2 * np.pi), size * np.exp(rng.uniform(-0.12, 0.12, 2))
+        scale = size * np.exp(rng.uniform(-0.12, 0.12, 2))
+    turn = rng.uniform(-0.3, 0.3)  # more or less upright, as most things are
     rotation = np.array([(np.cos(turn), -np.sin(turn)), (np.sin(turn), np.cos(turn))])
     return result.transform(rotation * scale, centre)
 
@@ -82,12 +83,6 @@ def _circle(radius: float, centre: Sequence[float] = (0, 0), corners: int = 48) 
     return radius * np.stack([np.cos(angles), np.sin(angles)], 1) + centre
 
 
-def _cross() -> Points:
-    arm = np.array([(-0.2, -0.6), (0.2, -0.6), (0.2, -0.2)])
-    quarter_turn = np.array([(0, 1), (-1, 0)])
-    return np.concatenate([arm @ np.linalg.matrix_power(quarter_turn, i) for i in range(4)])
-
-
 def _unit_area(outline: Points) -> Points:
     x, y = outline.T
     return outline / np.sqrt(abs(x @ np.roll(y, 1) - y @ np.roll(x, 1)) / 2)
@@ -96,10 +91,8 @@ def _unit_area(outline: Points) -> Points:
 OUTLINES = {
     "disc": _unit_area(_circle(1)),
     "ring": _unit_area(_circle(1)),
-    "square": _unit_area(_circle(1, corners=4)),
+    "square": np.array([(-0.5, -0.5), (0.5, -0.5), (0.5, 0.5), (-0.5, 0.5)]),
     "triangle": _unit_area(_circle(1, corners=3)),
-    "star": _unit_area(_circle(1, corners=10) * np.where(np.arange(10) % 2, 0.45, 1)[:, None]),
-    "cross": _unit_area(_cross()),
 }
 
 # The person around its waist, in units of its height when it stands upright; it covers about 0.3 of their square.

@@ -34,7 +34,7 @@ class Problems:
             DataError: unless `on_error` is "skip".
         """
         if self.on_error != "skip":
-            advice = "on_error=skip (--data.on-error skip) counts it and leaves it out"
+            advice = "on_error=skip (--on-error skip) counts it and leaves it out"
             raise DataError(error.kind, f"{error}; {advice}") from None
         self._kinds[str(error)] = error.kind
 

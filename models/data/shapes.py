@@ -20,10 +20,11 @@ from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
 from models.data import scenes
+from models.data.coco import PIXEL_CENTRE
 from models.data.figures import KEYPOINTS, SKELETON
 
 # With gaps, as COCO's: an id is not a label.
-CATEGORY_IDS = dict(zip(scenes.CATEGORIES, (1, 3, 4, 8, 9, 13, 20), strict=True))
+CATEGORY_IDS = dict(zip(scenes.CATEGORIES, (1, 3, 4, 8, 9), strict=True))
 SPLITS = ("train2017", "val2017")
 SETTINGS = "shapes.json"  # in the data set's folder: what it was generated from
 SOURCES = ("figures.py", "scenes.py", "shapes.py")  # which the pictures depend on
@@ -100,7 +101,11 @@ def annotation(instance: scenes.Instance) -> dict[str, Any]:
     }
     if instance.category == "person":
         keypoints = np.zeros((len(KEYPOINTS), 3)) if instance.keypoints is None else instance.keypoints
-        entry |= {"keypoints": keypoints.ravel().tolist(), "num_keypoints": int((keypoints[:, 2] > 0).sum())}
+        keypoints = keypoints - (keypoints[:, 2:] > 0) * (PIXEL_CENTRE, PIXEL_CENTRE, 0)
+        entry |= {
+            "keypoints": keypoints.round(1).ravel().tolist(),
+            "num_keypoints": int((keypoints[:, 2] > 0).sum()),
+        }
     return entry
 
 

@@ -13,6 +13,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from models.data import shapes
+from models.data.coco import PIXEL_CENTRE
 from models.data.scenes import MIN_PIXELS
 from models.data.shapes import CATEGORY_IDS, SETTINGS, ShapesConfig, ensure, generate, scene
 
@@ -178,7 +179,7 @@ def test_keypoints(coco, drawn):
             if entry["iscrowd"]:
                 assert not keypoints.any()
                 continue
-            x, y, visibility = keypoints[keypoints[:, 2] > 0].T
+            x, y, visibility = (keypoints[keypoints[:, 2] > 0] + (PIXEL_CENTRE, PIXEL_CENTRE, 0)).T
             assert ((x < picture.width) & (y < picture.height)).all()
             on_mask = person.mask[y.astype(int), x.astype(int)]
             assert on_mask[visibility == 2].all()

@@ -1,0 +1,131 @@
+"""Training: what it writes, that it goes on where it was killed, over processes, and stops at what is not finite."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from models import checkpoint, train
+from models.data.shapes import ShapesConfig, generate
+
+pytestmark = [pytest.mark.reference_only, pytest.mark.unpoisoned]
+
+ROOT = Path(__file__).parents[2]
+OPTIONS = (
+    *("--model.input.min-size", "64", "--model.input.max-size", "96", "--data.train-min-sizes", "64"),
+    *("--solver.images-per-gpu", "2", "--solver.iterations", "6", "--solver.checkpoint-every", "2"),
+    *("--solver.evaluate-every", "6", "--solver.log-every", "1", "--data.workers", "1"),
+)
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "shapes"
+    generate(ShapesConfig(folder, train=12, val=3, sides=(64, 96), objects=(1, 3)))
+    return folder
+
+
+def command(shapes, output, *options, processes=1):
+    start = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"] if processes > 1 else []
+    return [
+        *(sys.executable, "-W", "error::UserWarning", *start, "-m", "models.train", "demo"),
+        *("--data.root", str(shapes), "--output", str(output), *OPTIONS, *options),
+    ]
+
+
+def run(*args, **kwargs):
+    done = subprocess.run(
+        command(*args, **kwargs),
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(shapes, tmp_path_factory):
+    output = tmp_path_factory.mktemp("run") / "whole"
+    code, text = run(shapes, output)
+    assert code == 0, text
+    return output, text
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)["model"]
+
+
+def assert_same(one, other):
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+
+
+def test_a_run_writes_what_it_says(uninterrupted, shapes):
+    output, text = uninterrupted
+    assert "learning rate 0.08 for 16 images: 0.01 for 2, on 1 x cpu" in text
+    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    trained = [line for line in lines if line["group"] == "train"]
+    assert [line["iteration"] for line in trained] == [1, 2, 3, 4, 5, 6]
+    for line in trained:
+        parts = ("rpn_objectness", "rpn_box", "box_class", "box", "mask")
+        assert line["loss"] == pytest.approx(sum(line[part] for part in parts))
+        assert line["images_per_second"] > 0
+    assert [line["group"] for line in lines[6:]] == ["bbox", "segm"]
+    assert list(output.glob("events.out.tfevents.*"))
+    assert json.loads((output / "metrics.json").read_text())["bbox"].keys() >= {"AP", "AP50"}
+    model, categories = checkpoint.load_model(output / "model.pth", "cpu")
+    assert [category.name for category in categories][:2] == ["person", "disc"]
+    assert model.config.classes == 5
+    assert json.loads((output / "config.json").read_text())["data"]["root"] == str(shapes)
+
+
+def test_a_killed_run_ends_where_it_would_have(uninterrupted, shapes, tmp_path):
+    output = tmp_path / "killed"
+    process = subprocess.Popen(
+        command(shapes, output), cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL
+    )
+    end = time.monotonic() + 120
+    while not (output / train.LAST).exists() and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    iteration = torch.load(output / train.LAST, weights_only=True)["iteration"]
+    assert iteration in (2, 4)
+    assert not (output / train.FINAL).exists()
+
+    code, text = run(shapes, output, "--resume")
+    assert code == 0, text
+    assert_same(weights(uninterrupted[0] / train.FINAL), weights(output / train.FINAL))
+    logged = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in logged if line["group"] == "train"] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_finished_run_is_not_overwritten(uninterrupted, shapes):
+    code, text = run(shapes, uninterrupted[0])
+    assert code != 0
+    assert "output: expected a new folder, or --resume" in text
+
+
+def test_two_processes_train(shapes, tmp_path):
+    code, text = run(shapes, tmp_path / "two", "--solver.iterations", "2", processes=2)
+    assert code == 0, text
+    assert "0.02 for 4, on 2 x cpu" in text
+    assert weights(tmp_path / "two" / train.FINAL)
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(shapes, tmp_path):
+    code, text = run(shapes, tmp_path / "nan", "--solver.lr", "1e12", "--solver.clip-norm", "None")
+    assert code != 0
+    assert "NonFiniteLossError: iteration " in text
+    assert "rpn_objectness" in text
+    assert " of images [" in text
