@@ -91,6 +91,7 @@ class PoolingConfig:
 
     sampling_ratio: int = 2  # §3: four points in each bin; 0 samples by the size of the bin
     aligned: bool = True  # pixel centres at half pixels; False is the first version's, as in torchvision
+    canonical_box_size: int = 224  # FPN, equation 1: a box of this side, in pixels, is pooled from P4
     level_rounding: Literal["torchvision", "detectron2"] = "detectron2"
 
 
@@ -175,7 +176,8 @@ class SolverConfig:
     lr: float = 0.02  # §3.1, for 16 images in a step; scaled in proportion to how many there are
     momentum: float = 0.9  # §3.1
     weight_decay: float = 1e-4  # §3.1
-    steps: tuple[int, ...] = (120_000,)  # §3.1: iterations after which lr is divided by 10
+    steps: tuple[int, ...] = (120_000,)  # §3.1: iterations after which lr is multiplied by gamma
+    gamma: float = 0.1  # §3.1
     warmup: int = 500  # Detectron: iterations of linear growth up to lr
     warmup_factor: float = 1 / 3  # of lr, at the first iteration
     accumulate: int = 1  # mini-batches whose gradients one step adds up

@@ -67,7 +67,7 @@ class MaskRCNN(nn.Module):
 
     @torch.inference_mode()
     def detect(self, images: Sequence[Tensor]) -> list[Detections]:
-        """Detections in pictures, in their own pixels.
+        """Detections in pictures, in their own pixels. Waits once for their number, and for keypoints in each image.
 
         Args:
             images: uint8 RGB, `[3, H, W]` each, of any sizes.
@@ -77,7 +77,7 @@ class MaskRCNN(nn.Module):
         resized = [pictures.resize(image.to(device), config.input.min_size, config.input.max_size) for image in images]
         padded, sizes = pictures.batch(resized, config.input)
         found = self._infer(padded, sizes, compact=device.type == "cpu")
-        counts = found.counts.tolist()  # the one wait
+        counts = found.counts.tolist()  # waits
         detections = []
         for i, (image, small, count) in enumerate(zip(images, resized, counts, strict=True)):
             height, width = image.shape[1:]
@@ -137,6 +137,7 @@ class MaskRCNN(nn.Module):
             [1 / stride for stride in levels],
             config.sampling_ratio,
             config.aligned,
+            canonical_box_size=config.canonical_box_size,
             level_rounding=config.level_rounding,
         )
         return self.res5(pooled)
@@ -146,7 +147,7 @@ class MaskRCNN(nn.Module):
     ) -> dict[str, Tensor]:
         config = self.config
         rois, labels, matches = self._sample(proposals, counts, targets)
-        matched = [_rows(target.boxes, match) for target, match in zip(targets, matches, strict=True)]
+        matched = [_rows(target.boxes, index) for target, index in zip(targets, matches, strict=True)]
         logits, deltas = self.box_head(self._pool(maps, rois, config.box.resolution))
         losses = self.box_head.losses(logits, deltas, rois.flatten(0, 1), labels.flatten(), torch.cat(matched))
         if self.mask_head is None and self.keypoint_head is None:
@@ -154,7 +155,7 @@ class MaskRCNN(nn.Module):
 
         positives = (labels > 0).sum(1).tolist()  # one wait: the branches of positives have no work for others
         rois = [roi[:count] for roi, count in zip(rois, positives, strict=True)]
-        matches = [match[:count] for match, count in zip(matches, positives, strict=True)]
+        matches = [index[:count] for index, count in zip(matches, positives, strict=True)]
         labels = torch.cat([label[:count] for label, count in zip(labels, positives, strict=True)])
         if self.mask_head is not None:
             logits = self.mask_head(self._pool(maps, rois, config.mask.resolution), labels)
@@ -162,7 +163,7 @@ class MaskRCNN(nn.Module):
             losses["mask"] = mask_loss(logits, rois, matches, masks, config.pooling.aligned)
         if self.keypoint_head is not None:
             logits = self.keypoint_head(self._pool(maps, rois, config.keypoint.resolution))
-            keypoints = [target.keypoints[match] for target, match in zip(targets, matches, strict=True)]
+            keypoints = [target.keypoints[index] for target, index in zip(targets, matches, strict=True)]
             losses["keypoint"] = keypoint_loss(logits, torch.cat(rois), torch.cat(keypoints))
         return losses
 

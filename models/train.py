@@ -184,10 +184,10 @@ def resume(model: MaskRCNN, path: Path) -> dict:
 
 
 def schedule(solver: SolverConfig, iteration: int) -> float:
-    """What the learning rate is multiplied with: linear growth at first, a tenth after each step."""
+    """What the learning rate is multiplied with: linear growth at first, and gamma once more after each step."""
     grown = min(iteration / solver.warmup, 1.0) if solver.warmup else 1.0
     factor = solver.warmup_factor + (1 - solver.warmup_factor) * grown
-    return factor * 0.1 ** sum(iteration >= step for step in solver.steps)
+    return factor * solver.gamma ** sum(iteration >= step for step in solver.steps)
 
 
 def on_device(batch: Batch, config: InputConfig, device: torch.device) -> tuple[Tensor, Tensor, list]:

@@ -44,6 +44,17 @@ def test_clip_area_and_iou_are_torchvisions():
     torch.testing.assert_close(batched[1], torchvision.ops.box_iou(boxes + 1, others))
 
 
+def test_clip_to_images_of_different_sizes():
+    g = torch.Generator().manual_seed(1)
+    boxes = torch.rand(3, 2, 5, 4, generator=g) * 100 - 20
+    sizes = torch.tensor([[40, 60], [70, 30], [10, 10]])
+    clipped = algebra.clip(boxes, sizes[:, None, None])
+    for i, size in enumerate(sizes.tolist()):
+        assert torch.equal(clipped[i], torchvision.ops.clip_boxes_to_image(boxes[i], size))
+    with pytest.raises(ValueError, match=r"image_size: expected \[..., 2\], got \[3\]"):
+        algebra.clip(boxes, torch.zeros(3))
+
+
 def test_half_precision_boxes_have_float32_areas():
     box = torch.tensor([[0, 0, 600, 600.0]], dtype=torch.float16)
     assert algebra.area(box).item() == 360_000  # beyond float16

@@ -95,7 +95,7 @@ OUTLINES = {
     "triangle": _unit_area(_circle(1, corners=3)),
 }
 
-# The person around its waist, in units of its height when it stands upright; it covers about 0.3 of their square.
+# The person around its waist, in units of its height when it stands upright; it covers about a third of their square.
 PERSON_HEIGHT = 0.3**-0.5
 HEAD, NOSE, EYE, EAR = (0.0, -0.41), (0.0, -0.4), (0.035, -0.43), (0.09, -0.41)  # of two, those of its left side
 SHOULDER, HIP = (0.13, -0.27), (0.07, 0.02)
@@ -112,12 +112,12 @@ def _person(rng: Generator) -> Figure:
         forearm, shin = arm + rng.uniform(-2.0, 1.2), thigh + rng.uniform(-0.4, 0.2)
         limbs[f"{side} arm"] = _chain(SHOULDER, (0.17, 0.16), (arm, forearm)) * mirror
         limbs[f"{side} leg"] = _chain(HIP, (0.23, 0.23), (thigh, shin)) * mirror
-    arms = [Part(name, "skin", _limb(limbs[name], 0.042)) for name in ("left arm", "right arm")]
+    arms = [Part(name, "skin", _limb(limbs[name], 0.055)) for name in ("left arm", "right arm")]
     rng.shuffle(arms)
     behind = rng.integers(3)
     parts = (
         *arms[:behind],
-        *(Part(name, "trousers", _limb(limbs[name], 0.055)) for name in ("left leg", "right leg")),
+        *(Part(name, "trousers", _limb(limbs[name], 0.07)) for name in ("left leg", "right leg")),
         Part("torso", "shirt", (np.array(TORSO),)),
         Part("head", "skin", (_circle(0.105, HEAD, 24),)),
         Part("face", "face", (_circle(0.016, EYE, 8), _circle(0.016, EYE * MIRROR, 8), *_limb(np.array(MOUTH), 0.009))),

@@ -71,8 +71,8 @@ class _Scene:
     def __init__(self, height: int, width: int, rng: Generator):
         self.rng = rng
         mean = rng.uniform(60, 195) + rng.uniform(-35, 35, 3)
-        patches = mean + rng.uniform(-35, 35, (5, 5, 1)) + rng.uniform(-25, 25, (5, 5, 3))
-        grain = rng.uniform(0, 40) * (np.asarray(_texture(width, height, rng), np.float32) / 255 - 0.5)
+        patches = mean + rng.uniform(-20, 20, (5, 5, 1)) + rng.uniform(-15, 15, (5, 5, 3))
+        grain = rng.uniform(0, 25) * (np.asarray(_texture(width, height, rng), np.float32) / 255 - 0.5)
         self.canvas = _image(np.asarray(_blow_up(patches, width, height)) + grain[..., None])
         self.owner = np.zeros((height, width), np.int64)  # 0 is the background
         self.figures: list[tuple[Figure, int, int]] = []  # with the owner that is its first part, and its area
@@ -112,7 +112,7 @@ class _Scene:
     def _paint(self, beneath: NDArray, size: tuple[int, int]) -> Image.Image:
         """A texture in that of 16 random pairs of colours which stands out most from the pixels `beneath`, `[N, 3]`."""
         pairs = self.rng.integers(0, 256, (16, 2, 3))
-        pairs[:, 1] = pairs.mean(1)  # not so far apart that the texture hides the outline
+        pairs[:, 1] = pairs[:, 0] + (pairs[:, 1] - pairs[:, 0]) // 3  # a texture must not hide the outline
         distances = np.linalg.norm(pairs[:, :, None] - beneath[:: 1 + len(beneath) // 32], axis=-1)
         pair = pairs[distances.min((1, 2), initial=255).argmax()]
         one, other = (Image.new("RGB", size, tuple(colour)) for colour in pair.tolist())

@@ -1,0 +1,101 @@
+"""Matching and sampling, by hand and by counting."""
+
+import pytest
+import torch
+
+from models.matching import IGNORED, NEGATIVE, POSITIVE, match, sample
+from models.structures import Target
+
+pytestmark = pytest.mark.reference_only
+
+BOXES = torch.tensor(
+    [
+        [0, 0, 10, 10],  # the first object itself
+        [0, 0, 10, 20],  # IoU 0.5 with it
+        [0, 0, 10, 25],  # 0.4
+        [30, 0, 40, 10],  # nothing
+        [50, 50, 60, 58],  # 0.4 with the second object: the best it has
+    ]
+).float()
+TARGET = Target(
+    boxes=torch.tensor([[0, 0, 10, 10], [50, 50, 70, 60]]).float(),
+    labels=torch.tensor([1, 2]),
+    crowds=torch.zeros(0, 4),
+)
+
+
+def test_thresholds_are_inclusive():
+    matches, labels = match(BOXES, TARGET, 0.5, 0.4, crowd_overlap=0.7)
+    assert labels.tolist() == [POSITIVE, POSITIVE, IGNORED, NEGATIVE, IGNORED]
+    assert matches[:3].tolist() == [0, 0, 0]
+    assert matches[4] == 1
+
+
+def test_every_object_gets_its_best_box():
+    _, labels = match(BOXES, TARGET, 0.7, 0.3, crowd_overlap=0.7, best_for_each=True)
+    assert labels.tolist() == [POSITIVE, IGNORED, IGNORED, NEGATIVE, POSITIVE]
+    far = Target(torch.tensor([[500.0, 500, 510, 510]]), torch.tensor([1]), torch.zeros(0, 4))
+    _, labels = match(BOXES, far, 0.7, 0.3, crowd_overlap=0.7, best_for_each=True)
+    assert labels.tolist() == [NEGATIVE] * 5  # an IoU of 0 is nobody's best
+
+
+def test_without_objects_all_is_background():
+    empty = Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4))
+    matches, labels = match(BOXES, empty, 0.5, 0.5, crowd_overlap=0.7)
+    assert labels.tolist() == [NEGATIVE] * 5
+    assert matches.tolist() == [0] * 5
+
+
+def test_a_box_without_area_is_background():
+    _, labels = match(torch.zeros(1, 4), TARGET, 0.5, 0.5, crowd_overlap=0.7)
+    assert labels.tolist() == [NEGATIVE]
+
+
+def test_what_lies_in_a_crowd_is_not_background():
+    crowd = torch.tensor([[33.0, 0, 100, 100], [0, 0, 10, 24]])  # holds 0.7 of the fourth box, and all of the last
+    target = Target(TARGET.boxes, TARGET.labels, crowd)
+    _, labels = match(BOXES, target, 0.5, 0.5, crowd_overlap=0.7)
+    assert labels.tolist() == [POSITIVE, POSITIVE, IGNORED, IGNORED, IGNORED]
+    _, labels = match(BOXES, target, 0.5, 0.5, crowd_overlap=0.71)
+    assert labels.tolist() == [POSITIVE, POSITIVE, IGNORED, NEGATIVE, IGNORED]
+
+
+@pytest.mark.parametrize(
+    ("positives", "negatives", "expected"),
+    [
+        (10, 90, (4, 12)),  # of 16, a quarter
+        (2, 90, (2, 14)),  # negatives fill up
+        (10, 5, (4, 5)),  # positives do not
+        (0, 90, (0, 16)),
+        (0, 0, (0, 0)),
+    ],
+)
+def test_samples(positives, negatives, expected):
+    labels = torch.full((2, 100), IGNORED)
+    labels[0, :positives] = POSITIVE
+    labels[0, 100 - negatives :] = NEGATIVE
+    torch.manual_seed(0)
+    index, valid = sample(labels, 16, 0.25)
+    assert index.shape == valid.shape == (2, 16)
+    drawn = labels[0, index[0][valid[0]]]
+    assert ((drawn == POSITIVE).sum(), (drawn == NEGATIVE).sum()) == expected
+    assert (drawn[: expected[0]] == POSITIVE).all()
+    assert valid[0, : sum(expected)].all()
+    assert len(set(index[0][valid[0]].tolist())) == sum(expected)
+    assert not valid[1].any()
+
+
+def test_samples_are_drawn_evenly():
+    torch.manual_seed(0)
+    labels = torch.full((4000, 10), NEGATIVE)
+    index, valid = sample(labels, 4, 0.25)
+    assert valid.all()
+    counts = index.flatten().bincount(minlength=10)
+    assert (counts - 1600).abs().max() < 160  # five standard deviations
+
+
+def test_more_samples_than_boxes():
+    labels = torch.tensor([[POSITIVE, NEGATIVE, IGNORED]])
+    index, valid = sample(labels, 10**6, 0.5)
+    assert index.shape == (1, 3)
+    assert index[valid].tolist() == [0, 1]
