@@ -26,10 +26,12 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-# Not in .venv: a machine with a GPU has its own torch. Set PYTHON to the one to use.
+# Not in .venv: a machine with a GPU has its own torch. Set PYTHON to the one to use. tests/models has nothing for a
+# GPU and asks for more packages than that.
 gpu-check:
-	PYTHONPATH=. $(PYTHON) -m pytest tests
+	PYTHONPATH=. $(PYTHON) -m pytest tests --ignore tests/models
 	PYTHONPATH=. $(PYTHON) -m benchmarks.operators --device cuda --json benchmarks/results/cuda.json
+	PYTHONPATH=. $(PYTHON) -m benchmarks.detectors --device cuda --json benchmarks/results/cuda_detectors.json
 
 clean:
 	rm -rf .venv dist

@@ -9,9 +9,7 @@ Weights are random; batch norms and the pyramid's maps are scaled so that there 
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -20,21 +18,18 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import box_iou
 
 from benchmarks.operators import Case, compare, parser
-from models import checkpoint
 from models import images as pictures
 from models.mask_rcnn import MaskRCNN
 from models.structures import Target
+from models.weights_torchvision import convert_detector
 
 
 def ours(theirs: nn.Module, device: str, **box: float) -> MaskRCNN:
     """Our detector with torchvision's weights and conventions."""
-    with tempfile.TemporaryDirectory() as folder:
-        torch.save(theirs.state_dict(), Path(folder, "weights.pth"))
-        model, _ = checkpoint.load_model(Path(folder, "weights.pth"), device)
-    config = replace(model.config, box=replace(model.config.box, **box))
-    rebuilt = MaskRCNN(config).to(device)
-    rebuilt.load_state_dict(model.state_dict())
-    return rebuilt
+    weights = convert_detector(theirs.state_dict())
+    model = MaskRCNN(replace(weights.config, box=replace(weights.config.box, **box)))
+    model.load_state_dict(weights.tensors)
+    return model.to(device)
 
 
 def training_case(device: str, generator: torch.Generator) -> Case:

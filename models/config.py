@@ -9,9 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_type_hints
-
-import tyro
+from typing import Any, Literal, get_args, get_type_hints
 
 Norm = Literal["none", "batch"]
 
@@ -162,8 +160,6 @@ class DataConfig:
     train_min_sizes: tuple[int, ...] = (800,)  # §3.1; appendix B draws one of 640..800 for each image
     flip: float = 0.5  # probability of a horizontal flip
     workers: int = 2
-    # A bad image or annotation stops, or is counted and left out.
-    on_error: Annotated[Literal["raise", "skip"], tyro.conf.arg(prefix_name=False)] = "raise"
 
 
 @dataclass(frozen=True)
@@ -198,6 +194,7 @@ class TrainConfig:
     data: DataConfig = DataConfig()
     solver: SolverConfig = SolverConfig()
     output: Path = Path("runs/train")  # checkpoints, logs and results
+    on_error: Literal["raise", "skip"] = "raise"  # a bad image or annotation stops, or is counted and left out
     weights: str | None = "imagenet"  # to start from: torchvision's of that name, a file, or none
     resume: bool = False  # continue from the last checkpoint in `output`, bit for bit
 

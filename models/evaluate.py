@@ -64,6 +64,7 @@ class EvaluateConfig:
 
     checkpoint: Path
     data: DataConfig = field(default_factory=DataConfig)
+    on_error: Literal["raise", "skip"] = "raise"  # a bad image or annotation stops, or is counted and left out
     output: Path = Path("runs/evaluate")  # detections.json and metrics.json
     amp: bool = True  # bfloat16 on CUDA
 
@@ -218,7 +219,9 @@ def table(metrics: Metrics) -> str:
     return "\n".join(lines)
 
 
-def open_dataset(data: DataConfig, model: ModelConfig, *, training: bool = False) -> CocoDataset:
+def open_dataset(
+    data: DataConfig, model: ModelConfig, on_error: Literal["raise", "skip"], *, training: bool = False
+) -> CocoDataset:
     """`data.val`, or `data.train`, with what the model's branches ask for; generated shapes if there is no root."""
     root = data.root
     if root is None:
@@ -233,14 +236,14 @@ def open_dataset(data: DataConfig, model: ModelConfig, *, training: bool = False
         training=training,
         masks=model.mask is not None,
         keypoints=model.keypoint is not None,
-        on_error=data.on_error,
+        on_error=on_error,
     )
 
 
 def main(config: EvaluateConfig) -> None:
     with process_group():
         model, categories = load_model(config.checkpoint)
-        dataset = open_dataset(config.data, model.config)
+        dataset = open_dataset(config.data, model.config, config.on_error)
         metrics = evaluate(model, categories, dataset, config.data, config.output, amp=config.amp)
         if rank() == 0:
             print(f"{dataset.summary()}\n\n{table(metrics)}\n\n{config.output}/detections.json, metrics.json")

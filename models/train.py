@@ -55,8 +55,8 @@ def train(config: TrainConfig) -> None:
     if last.exists() and not config.resume:
         raise FileExistsError(f"output: expected a new folder, or --resume to go on with {last}, which exists")
 
-    dataset = open_dataset(config.data, config.model, training=True)
-    held_out = open_dataset(config.data, config.model)
+    dataset = open_dataset(config.data, config.model, config.on_error, training=True)
+    held_out = open_dataset(config.data, config.model, config.on_error)
     config = replace(config, model=fitted(config.model, dataset))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -1,11 +1,17 @@
 """What only a GPU can show: no host waits, CUDA graphs, more than 2^31 elements."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from test_roi_align import SCALES, draw_boxes, draw_pyramid
 
 import fastmask
 from fastmask.kernels._runtime import INTERPRETED
+from models import images as pictures
+from models.config import KeypointHeadConfig
+from models.mask_rcnn import MaskRCNN
+from models.presets import PRESETS
 
 pytestmark = pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -52,6 +58,48 @@ def test_replays_in_a_cuda_graph():
     graph.replay()
     for replayed, eager in zip(captured, run(), strict=True):
         assert torch.equal(replayed, eager)
+
+
+def detector():
+    """A batch, and a function that detects in it."""
+    torch.manual_seed(0)
+    config = PRESETS["demo"].model
+    model = MaskRCNN(replace(config, keypoint=KeypointHeadConfig(convs=1, channels=32))).cuda().eval()
+    images = [torch.randint(0, 256, (3, *size), dtype=torch.uint8).cuda() for size in ((128, 160), (144, 128))]
+    padded, sizes = pictures.batch(images, config.input)
+
+    @torch.no_grad()
+    def run():
+        with torch.autocast("cuda", torch.bfloat16):
+            return model(padded, sizes)
+
+    return padded, run
+
+
+def test_a_detector_does_not_wait_for_the_host():
+    _, run = detector()
+    run()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_detector_replays_in_a_cuda_graph():
+    padded, run = detector()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    padded.copy_(padded.flip(3))
+    graph.replay()
+    eager = run()
+    assert torch.equal(captured.counts, eager.counts)
+    torch.testing.assert_close(captured.boxes, eager.boxes)
 
 
 def test_more_than_2_31_elements():

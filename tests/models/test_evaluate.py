@@ -134,8 +134,8 @@ def dataset_of(root, on_error="raise"):
     return CocoDataset(root, "val2017", keypoints=True, on_error=on_error)
 
 
-def data_of(root, workers=0, on_error="raise"):
-    return DataConfig(root=root, workers=workers, on_error=on_error)
+def data_of(root, workers=0):
+    return DataConfig(root=root, workers=workers)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -237,7 +237,7 @@ def test_bad_image(root, tmp_path):
         evaluate(Detector(), CATEGORIES, dataset_of(root), data_of(root))
 
     dataset = dataset_of(root, "skip")
-    metrics = evaluate(Detector(), CATEGORIES, dataset, data_of(root, on_error="skip"), tmp_path / "out")
+    metrics = evaluate(Detector(), CATEGORIES, dataset, data_of(root), tmp_path / "out")
     assert [metrics[task]["AP"] for task in ("bbox", "segm", "keypoints")] == pytest.approx([1, 1, 1])
     assert "1.png" in dataset.summary()
     written = json.loads((tmp_path / "out" / "metrics.json").read_text())
@@ -304,14 +304,14 @@ def share(rank, port, root, output):
     torch.set_num_threads(1)
     with process_group():
         dataset = dataset_of(root, "skip")
-        metrics = evaluate(Detector(noise=4), CATEGORIES, dataset, data_of(root, on_error="skip"), output / "two")
+        metrics = evaluate(Detector(noise=4), CATEGORIES, dataset, data_of(root), output / "two")
     (output / f"{rank}.json").write_text(json.dumps([metrics, dataset.summary()]))
 
 
 def test_two_processes_find_what_one_does(root, tmp_path):
     (root / "val2017" / "4.png").unlink()  # as image 2 the second process's
     dataset = dataset_of(root, "skip")
-    metrics = evaluate(Detector(noise=4), CATEGORIES, dataset, data_of(root, on_error="skip"), tmp_path / "one")
+    metrics = evaluate(Detector(noise=4), CATEGORIES, dataset, data_of(root), tmp_path / "one")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -189,6 +189,37 @@ def test_detections_are_in_the_pictures_own_pixels():
     assert one.masks().shape == (len(one), 192, 256)
 
 
+@pytest.mark.parametrize("size", [(1, 1), (3, 700), (40, 40)])
+def test_pictures_in_which_nothing_is_found(size):
+    torch.manual_seed(0)
+    config = small(keypoint=KeypointHeadConfig(convs=1, channels=32))
+    model = MaskRCNN(replace(config, box=replace(config.box, score_threshold=1.0))).eval()
+    (found,) = model.detect(pixels(size))
+    assert len(found) == 0
+    assert found.masks().shape == (0, *size)
+    assert found.keypoints.shape == (0, 17, 3)
+
+
+def test_a_c4_learns():
+    """Its res5 sits in the heads, behind the pooling, and learns there."""
+    torch.manual_seed(0)
+    config = PRESETS["R-50-C4"].model
+    backbone = replace(config.backbone, depth=18, norm="batch", frozen_stages=0)
+    model = MaskRCNN(replace(config, classes=3, backbone=backbone)).train()
+    batch = pictures.batch(pixels((96, 128), (96, 96)), config.input)
+    targets = [target(96, 128, 2), target(96, 96, 1)]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    history = []
+    for _ in range(8):
+        loss = sum(model(*batch, targets).values())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        history.append(loss.item())
+    assert history[-1] < 0.7 * history[0]
+    assert model.res5[0].conv1.weight.grad.any()
+
+
 @pytest.mark.parametrize("numbers", [(2, 0), (0, 0)])
 def test_images_without_ground_truth_train(numbers):
     torch.manual_seed(0)
