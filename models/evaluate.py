@@ -64,8 +64,8 @@ class EvaluateConfig:
 
     checkpoint: Path
     data: DataConfig = field(default_factory=DataConfig)
-    on_error: Literal["raise", "skip"] = "raise"  # a bad image or annotation stops, or is counted and left out
     output: Path = Path("runs/evaluate")  # detections.json and metrics.json
+    on_error: Literal["raise", "skip"] = "raise"  # a bad image or annotation stops, or is counted and left out
     amp: bool = True  # bfloat16 on CUDA
 
 

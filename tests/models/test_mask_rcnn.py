@@ -159,7 +159,7 @@ def test_the_padded_batch_and_the_list_agree():
     config = small(keypoint=KeypointHeadConfig(convs=1, channels=32))
     config = replace(config, box=replace(config.box, score_threshold=0.0))
     model = MaskRCNN(config).eval()
-    images = pixels((192, 224), (192, 192))
+    images = pixels((128, 160), (150, 128))  # as large as they are to be
     with torch.no_grad():
         padded = model(*pictures.batch(images, config.input))
     for i, one in enumerate(model.detect(images)):
