@@ -38,9 +38,10 @@ def training_case(device: str, generator: torch.Generator) -> Case:
         backbone_name="resnet18", weights=None, trainable_layers=5, norm_layer=nn.BatchNorm2d
     )
     theirs = detection.MaskRCNN(backbone, classes + 1, min_size=size, max_size=size).to(device).train()
-    model = ours(theirs, device).train()
+    model = ours(theirs, device)
     model.requires_grad_(True)  # as torchvision's, down to the stem
     model.backbone.frozen.clear()
+    model.train()
     images = [torch.randint(0, 256, (3, size, size), generator=generator, dtype=torch.uint8) for _ in range(4)]
     targets = []
     for _ in images:

@@ -249,7 +249,8 @@ def write_readme() -> None:
     """Put the committed results between the README's marks."""
     readme = README.read_text()
     for name in COMMITTED:
-        readme = readme.replace(shown_table(readme, name), committed_table(name))
+        mark = f"<!-- {name} -->\n"
+        readme = readme.replace(mark + shown_table(readme, name), mark + committed_table(name))
     README.write_text(readme)
 
 

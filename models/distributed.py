@@ -68,3 +68,10 @@ def barrier() -> None:
     """Waits for all processes."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def broadcast_buffers(module: torch.nn.Module) -> None:
+    """The first rank's buffers, in all."""
+    if dist.is_initialized():
+        for buffer in module.buffers():
+            dist.broadcast(buffer, 0)

@@ -23,8 +23,8 @@ from models.structures import Detections, PaddedDetections, Target
 class MaskRCNN(nn.Module):
     """Boxes, and as the config says masks, keypoints or both.
 
-    `forward` works on a padded batch, for training and for inference in fixed shapes, without waiting for the
-    device; `detect` takes pictures and returns each one's detections.
+    `forward` works on a padded batch: losses for training, or inference in fixed shapes, which does not wait for the
+    device. `detect` takes pictures and returns each one's detections.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -35,15 +35,15 @@ class MaskRCNN(nn.Module):
             self.fpn = FPN(config.fpn, self.backbone.channels)
             self.res5 = nn.Identity()
             channels = roi_channels = config.fpn.channels
-            levels = len(self.backbone.channels) + 1
+            strides = [*self.backbone.strides, 2 * self.backbone.strides[-1]]  # P6
         else:  # C4: the last stage belongs to the heads
             self.backbone = ResNet(config.backbone, stages=3)
             self.fpn = None
             self.res5 = resnet_stage(config.backbone, 4, config.box.res5_stride)
             initialise(self.res5)
             channels = self.backbone.channels[-1]
-            roi_channels, levels = 2 * channels, 1
-        self.rpn = RPN(config.rpn, channels, levels)
+            roi_channels, strides = 2 * channels, self.backbone.strides[-1:]
+        self.rpn = RPN(config.rpn, channels, strides)
         self.box_head = BoxHead(config.box, roi_channels, config.classes)
         self.mask_head = MaskHead(config.mask, roi_channels, config.classes) if config.mask else None
         self.keypoint_head = KeypointHead(config.keypoint, roi_channels) if config.keypoint else None

@@ -42,10 +42,10 @@ def match(
         labels = torch.where(best >= positive_iou, POSITIVE, torch.where(best < negative_iou, NEGATIVE, IGNORED))
         if best_for_each:
             highest = iou.amax(1, keepdim=True)
-            labels[((iou == highest) & (highest > 0)).any(0)] = POSITIVE
+            labels = labels.masked_fill(((iou == highest) & (highest > 0)).any(0), POSITIVE)
     if len(target.crowds):
         inside = _part_inside(boxes, target.crowds).amax(1) >= crowd_overlap
-        labels[inside & (labels == NEGATIVE)] = IGNORED
+        labels = labels.masked_fill(inside & (labels == NEGATIVE), IGNORED)
     return matches, labels
 
 

@@ -41,13 +41,14 @@ class RPN(nn.Module):
     Args:
         config: see `RPNConfig`.
         channels: of the maps.
-        levels: how many maps there are.
+        strides: image pixels per pixel of each map.
     """
 
-    def __init__(self, config: RPNConfig, channels: int, levels: int) -> None:
+    def __init__(self, config: RPNConfig, channels: int, strides: Sequence[int]) -> None:
         super().__init__()
         self.config = config
-        self.register_buffer("cells", base_anchors(config.anchors, levels), persistent=False)
+        self.strides = strides
+        self.register_buffer("cells", base_anchors(config.anchors, len(strides)), persistent=False)
         anchors = self.cells.shape[1]
         self.convs = nn.ModuleList(ConvNorm(channels, channels, 3, "none") for _ in range(config.convs))
         self.objectness = nn.Conv2d(channels, anchors, 1)
@@ -67,12 +68,10 @@ class RPN(nn.Module):
     def anchors(self, maps: Sequence[Tensor], image_size: Sequence[int]) -> list[Tensor]:
         """Anchors of each map over a padded image of (height, width), `[H * W * A, 4]`: rows, columns, then cells."""
         levels = []
-        for feature, cells in zip(maps, self.cells, strict=True):
+        for feature, cells, exact in zip(maps, self.cells, self.strides, strict=True):
             axes = []
             for length, whole in zip(feature.shape[2:], image_size, strict=True):
-                stride = whole / length
-                # A map whose size was rounded up keeps its power of two; torchvision rounds what it measures.
-                stride = int(stride) if self.config.anchors.rounded else 2 ** round(math.log2(stride))
+                stride = whole // length if self.config.anchors.rounded else exact
                 axes.append(torch.arange(length, device=cells.device) * stride)
             y, x = torch.meshgrid(*axes, indexing="ij")
             levels.append((torch.stack([x, y, x, y], -1)[:, :, None] + cells).flatten(0, 2))

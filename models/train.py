@@ -45,7 +45,7 @@ IMAGENET = {
 
 
 class NonFiniteLossError(RuntimeError):
-    """A loss of NaN or infinity. The weights are those of the last step, and the checkpoint is good."""
+    """A loss, or the gradient's norm, of NaN or infinity. The weights are those of the last step."""
 
 
 def train(config: TrainConfig) -> None:
@@ -62,7 +62,14 @@ def train(config: TrainConfig) -> None:
 
     torch.manual_seed(solver.seed)
     model = MaskRCNN(config.model)
-    state = resume(model, last) if config.resume else {"iteration": 0, "optimizer": None}
+    # What the order of the images depends on.
+    order = {
+        "seed": solver.seed,
+        "processes": world,
+        "images_per_gpu": solver.images_per_gpu,
+        "accumulate": solver.accumulate,
+    }
+    state = resume(model, last, order) if config.resume else {"iteration": 0, "optimizer": None}
     if not config.resume:
         start_from(model, config.weights)
     model.to(device).train()
@@ -104,26 +111,34 @@ def train(config: TrainConfig) -> None:
                     losses = network(*on_device(batch, config.model.input, device))
                 (sum(losses.values()) / solver.accumulate).backward()
                 values = dict(zip(losses, torch.stack(list(losses.values())).tolist(), strict=True))
-                check_finite(values, iteration, batch)
+                image_ids = [target.image_id for target in batch.targets]
+                check_finite(values, iteration, image_ids)
                 log.add(values, len(batch.images) * world)
 
-            if solver.clip_norm is not None:
-                torch.nn.utils.clip_grad_norm_(parameters, solver.clip_norm)
+            # Of all processes together: where one has met a loss that is not finite, none goes on.
+            norm = torch.nn.utils.clip_grad_norm_(parameters, solver.clip_norm or math.inf)
+            check_finite(values | {"gradient": norm.item()}, iteration, image_ids)
             optimizer.step()
             optimizer.zero_grad()
 
             done = iteration + 1
             log.step(done, rate)
-            if rank == 0 and (done % solver.checkpoint_every == 0 or done == solver.iterations):
-                checkpoint.save(last, model, dataset.categories, iteration=done, optimizer=optimizer.state_dict())
             if done % solver.evaluate_every == 0 or done == solver.iterations:
+                distributed.broadcast_buffers(model)  # each process has its own statistics of batch norm
                 model.eval()
-                log.metrics(done, evaluate(model, dataset.categories, held_out, config.data, config.output))
+                metrics = evaluate(model, dataset.categories, held_out, config.data, config.output, amp=solver.amp)
                 model.train()
+                log.metrics(done, metrics)
+            # After the evaluation: a run that is killed during it evaluates when it is resumed.
+            if rank == 0 and (done % solver.checkpoint_every == 0 or done == solver.iterations):
+                state = {"iteration": done, "optimizer": optimizer.state_dict(), "order": order}
+                checkpoint.save(last, model, dataset.categories, **state)
 
     if rank == 0:
         checkpoint.save(config.output / FINAL, model, dataset.categories)
-    say(f"{dataset.summary()}\n{config.output / FINAL}")
+    for problems in distributed.gather(dataset.problems):
+        dataset.problems.merge(problems)
+    say(f"{dataset.summary()}\n{held_out.summary()}\n{config.output / FINAL}")
 
 
 def fitted(config: ModelConfig, dataset: CocoDataset) -> ModelConfig:
@@ -146,10 +161,10 @@ def start_from(model: MaskRCNN, weights: str | None) -> None:
     """
     backbone = model.config.backbone
     if weights is None:
-        if backbone.norm == "frozen":
+        if backbone.norm == "frozen" or backbone.frozen_stages:
             raise ValueError(
                 "weights: expected 'imagenet' or a file, got None, which needs --model.backbone.norm batch"
-                " --model.backbone.frozen-stages 0: frozen statistics have to come from somewhere"
+                " --model.backbone.frozen-stages 0: what is frozen has to come from somewhere"
             )
         return
     path = Path(weights)
@@ -168,19 +183,21 @@ def start_from(model: MaskRCNN, weights: str | None) -> None:
     say(f"weights: {path}\n{differences}")
 
 
-def resume(model: MaskRCNN, path: Path) -> dict:
+def resume(model: MaskRCNN, path: Path, order: dict[str, int]) -> dict:
     """Load a run's last checkpoint; returns its iteration and the optimiser's state.
 
     Raises:
-        ValueError: there is none, or it is of another model.
+        ValueError: there is none, or it is of another model or another order of images.
     """
     if not path.exists():
         raise ValueError(f"resume: expected {path}, which is not there")
     state = torch.load(path, map_location="cpu", weights_only=True)
+    if state["order"] != order:
+        raise ValueError(f"resume: expected {state['order']} as before, got {order}")
     differences = checkpoint.load_weights(model, path)
     if str(differences):
         raise ValueError(f"resume: expected the model that {path} was trained with, got\n{differences}")
-    return {"iteration": state["iteration"], "optimizer": state["optimizer"]}
+    return state
 
 
 def schedule(solver: SolverConfig, iteration: int) -> float:
@@ -196,11 +213,11 @@ def on_device(batch: Batch, config: InputConfig, device: torch.device) -> tuple[
     return *pictures.batch(images, config), [target.to(device, non_blocking=True) for target in batch.targets]
 
 
-def check_finite(losses: dict[str, float], iteration: int, batch: Batch) -> None:
-    if not all(map(math.isfinite, losses.values())):
+def check_finite(values: dict[str, float], iteration: int, image_ids: list[int]) -> None:
+    if not all(map(math.isfinite, values.values())):
         raise NonFiniteLossError(
-            f"iteration {iteration}: losses {losses} of images {[target.image_id for target in batch.targets]};"
-            " weights were not touched, and the last checkpoint is good"
+            f"iteration {iteration}: {values} of images {image_ids}; the weights were not touched, and the last"
+            " checkpoint is good"
         )
 
 

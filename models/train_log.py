@@ -31,7 +31,8 @@ class TrainLog:
             return
         config.output.mkdir(parents=True, exist_ok=True)
         (config.output / "config.json").write_text(json.dumps(asdict(config), indent=2, default=str) + "\n")
-        lines = self.path.read_text().splitlines() if config.resume and self.path.exists() else []
+        text = self.path.read_text() if config.resume and self.path.exists() else ""
+        lines = text.rpartition("\n")[0].splitlines()  # a killed run may have left half a line
         kept = [line for line in lines if json.loads(line)["iteration"] <= start]  # later ones happen again
         self.path.write_text("".join(f"{line}\n" for line in kept))
         self.board = SummaryWriter(str(config.output), purge_step=start + 1)

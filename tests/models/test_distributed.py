@@ -23,6 +23,9 @@ def detector():
         config,
         classes=3,
         backbone=replace(config.backbone, norm="frozen"),
+        fpn=replace(config.fpn, norm="none"),
+        box=replace(config.box, norm="none"),
+        mask=replace(config.mask, norm="none"),
         rpn=replace(config.rpn, samples_per_image=10**6, pre_nms_top_k_train=50),
         sampling=replace(config.sampling, rois_per_image=10**6),
     )

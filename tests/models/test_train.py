@@ -19,7 +19,16 @@ pytestmark = [pytest.mark.reference_only, pytest.mark.unpoisoned]
 ROOT = Path(__file__).parents[2]
 OPTIONS = (
     *("--model.input.min-size", "64", "--model.input.max-size", "96", "--data.train-min-sizes", "64"),
-    *("--solver.images-per-gpu", "2", "--solver.iterations", "6", "--solver.checkpoint-every", "2"),
+    *(
+        "--solver.lr",
+        "0.08",
+        "--solver.images-per-gpu",
+        "2",
+        "--solver.iterations",
+        "6",
+        "--solver.checkpoint-every",
+        "2",
+    ),
     *("--solver.evaluate-every", "6", "--solver.log-every", "1", "--data.workers", "1"),
 )
 
@@ -123,9 +132,17 @@ def test_two_processes_train(shapes, tmp_path):
     assert weights(tmp_path / "two" / train.FINAL)
 
 
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(shapes, tmp_path):
-    code, text = run(shapes, tmp_path / "nan", "--solver.lr", "1e12", "--solver.clip-norm", "None")
+def test_what_is_not_finite_stops_all_processes_and_keeps_the_checkpoint(shapes, tmp_path):
+    output = tmp_path / "nan"
+    code, text = run(
+        *(shapes, output, "--solver.clip-norm", "None", "--solver.warmup", "0", "--solver.iterations", "40"),
+        *("--solver.lr", "1e3", "--solver.checkpoint-every", "1"),
+        processes=2,
+    )
     assert code != 0
     assert "NonFiniteLossError: iteration " in text
     assert "rpn_objectness" in text
     assert " of images [" in text
+    if (output / train.LAST).exists():
+        for name, value in weights(output / train.LAST).items():
+            assert value.isfinite().all(), name
