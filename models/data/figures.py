@@ -108,16 +108,16 @@ def _person(rng: Generator) -> Figure:
     """In a random pose. It faces the viewer: its left is at the right."""
     limbs: dict[str, Points] = {}
     for side, mirror in (("left", np.ones(2)), ("right", MIRROR)):
-        arm, thigh = rng.uniform((-0.1, 0.0), (2.4, 0.6))
-        forearm, shin = arm + rng.uniform(-2.0, 1.2), thigh + rng.uniform(-0.4, 0.2)
+        arm, thigh = rng.uniform((-0.1, 0.0), (1.4, 0.6))
+        forearm, shin = arm + rng.uniform(-1.6, 0.8), thigh + rng.uniform(-0.4, 0.2)
         limbs[f"{side} arm"] = _chain(SHOULDER, (0.17, 0.16), (arm, forearm)) * mirror
         limbs[f"{side} leg"] = _chain(HIP, (0.23, 0.23), (thigh, shin)) * mirror
-    arms = [Part(name, "skin", _limb(limbs[name], 0.055)) for name in ("left arm", "right arm")]
+    arms = [Part(name, "skin", _limb(limbs[name], 0.065)) for name in ("left arm", "right arm")]
     rng.shuffle(arms)
     behind = rng.integers(3)
     parts = (
         *arms[:behind],
-        *(Part(name, "trousers", _limb(limbs[name], 0.07)) for name in ("left leg", "right leg")),
+        *(Part(name, "trousers", _limb(limbs[name], 0.08)) for name in ("left leg", "right leg")),
         Part("torso", "shirt", (np.array(TORSO),)),
         Part("head", "skin", (_circle(0.105, HEAD, 24),)),
         Part("face", "face", (_circle(0.016, EYE, 8), _circle(0.016, EYE * MIRROR, 8), *_limb(np.array(MOUTH), 0.009))),

@@ -19,7 +19,7 @@ from models.data.figures import KEYPOINTS, OUTLINES, Figure, Part, Points, crowd
 
 CATEGORIES = ("person", *OUTLINES)
 SIZES = (20, 80, 180)  # least, most frequent and largest square root of a figure's area, in pixels
-MIN_VISIBLE = 0.5  # of a figure's area, which others and the picture's edges leave
+MIN_VISIBLE = 0.6  # of a figure's area, which others and the picture's edges leave
 MIN_PIXELS = 24
 SIBLING = 0.3  # probability of a figure that touches one of its own category
 CROWD = 0.12  # probability of a crowd in a picture
