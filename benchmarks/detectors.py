@@ -105,11 +105,12 @@ def inference_case(device: str, generator: torch.Generator) -> Case:
 @torch.no_grad()
 def calibrate(model: nn.Module, image: Tensor) -> None:
     """Give random weights statistics: untrained, features grow from layer to layer until no box is finite."""
+    images = model.transform([image])[0].tensors
     for module in model.backbone.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 1.0
-    model.train().backbone(model.transform([image])[0].tensors)
-    levels = model.eval().backbone(model.transform([image])[0].tensors)
+    model.train().backbone(images)
+    levels = model.eval().backbone(images)
     for block, level in zip(model.backbone.fpn.layer_blocks, levels.values(), strict=False):
         block[0].weight /= level.std()
 

@@ -53,14 +53,14 @@ def decode(deltas: Tensor, anchors: Tensor, weights: Sequence[float] = (1.0, 1.0
 def clip(boxes: Tensor, image_size: tuple[int, int] | Tensor) -> Tensor:
     """Boxes `[..., 4]` limited to an image of `(height, width)` pixels, or to images of `[..., 2]`, broadcast."""
     _check(boxes, "boxes")
-    if not isinstance(image_size, Tensor):
+    if isinstance(image_size, Tensor):
+        if not image_size.ndim or image_size.shape[-1] != 2:
+            raise ValueError(f"image_size: expected [..., 2], got {list(image_size.shape)}")
+        height, width = image_size[..., :1], image_size[..., 1:]
+    else:
         height, width = image_size
-        x, y = boxes[..., ::2].clamp(0, width), boxes[..., 1::2].clamp(0, height)
-        return torch.stack([x, y], -1).flatten(-2)
-    if not image_size.ndim or image_size.shape[-1] != 2:
-        raise ValueError(f"image_size: expected [..., 2], got {list(image_size.shape)}")
-    limit = image_size.flip(-1).to(boxes.dtype)
-    return boxes.clamp(min=0).minimum(torch.cat([limit, limit], -1))
+    x, y = boxes[..., ::2].clamp(min=0).clamp(max=width), boxes[..., 1::2].clamp(min=0).clamp(max=height)
+    return torch.stack([x, y], -1).flatten(-2)
 
 
 def area(boxes: Tensor) -> Tensor:

@@ -128,7 +128,23 @@ def load_weights(model: MaskRCNN, path: str | Path) -> Differences:
     Raises:
         ValueError: as `load_model`, but for what is listed above.
     """
-    weights = _read(Path(path))
+    return _fill(model, _read(Path(path)), path)
+
+
+def load_training(model: MaskRCNN, path: str | Path) -> dict[str, Any]:
+    """Go on with what `save` wrote, the model and all; returns its `training`.
+
+    Raises:
+        ValueError: as `load_weights`, or the file's model is another one in anything that `load_weights` tolerates.
+    """
+    content = _read_torch(Path(path))
+    differences = _fill(model, _recognise(content, Path(path)), path)
+    if str(differences):
+        raise ValueError(f"{path}: expected the model that it was trained with, got\n{differences}")
+    return content
+
+
+def _fill(model: MaskRCNN, weights: Weights, path: str | Path) -> Differences:
     tensors, settings = weights.tensors, _DETECTOR_SETTINGS
     absent = [branch for branch in _BRANCHES if not any(name.startswith(branch) for name in tensors)]
     if weights.categories is None:
@@ -166,7 +182,11 @@ def _compare(model: MaskRCNN, tensors: Mapping[str, Tensor]) -> Differences:
 
 
 def _read(path: Path) -> Weights:
-    content = {".safetensors": _read_safetensors, ".pkl": safe_pickle.load}.get(path.suffix, _read_torch)(path)
+    read = {".safetensors": _read_safetensors, ".pkl": safe_pickle.load}.get(path.suffix, _read_torch)
+    return _recognise(read(path), path)
+
+
+def _recognise(content: Any, path: Path) -> Weights:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a dictionary, got {type(content).__name__}")
     state = content.get("model", content)

@@ -164,9 +164,8 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class SolverConfig:
-    """Stochastic gradient descent (§3.1), or AdamW (Loshchilov and Hutter 2019), which is faster from scratch."""
+    """Stochastic gradient descent (§3.1)."""
 
-    optimizer: Literal["sgd", "adamw"] = "sgd"  # §3.1
     iterations: int = 160_000  # §3.1
     images_per_gpu: int = 2  # §3.1: 8 GPUs make the mini-batch of 16
     lr: float = 0.02  # §3.1, for 16 images in a step; scaled in proportion to how many there are

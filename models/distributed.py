@@ -36,6 +36,12 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def say(text: str) -> None:
+    """Prints, in the first process alone."""
+    if rank() == 0:
+        print(text, flush=True)
+
+
 def gather(value: T) -> list[T]:
     """Every process's value in the order of ranks; an empty list on all ranks but the first."""
     if not dist.is_initialized():

@@ -29,7 +29,7 @@ from models.config import DataConfig, ModelConfig
 from models.data.coco import PIXEL_CENTRE, CocoDataset
 from models.data.loader import BadSample, eval_loader
 from models.data.shapes import ShapesConfig, ensure
-from models.distributed import barrier, broadcast, gather, process_group, rank, world
+from models.distributed import barrier, broadcast, gather, process_group, rank, say, world
 from models.structures import Category, Detections
 
 Task = Literal["bbox", "segm", "keypoints"]
@@ -245,8 +245,7 @@ def main(config: EvaluateConfig) -> None:
         model, categories = load_model(config.checkpoint)
         dataset = open_dataset(config.data, model.config, config.on_error)
         metrics = evaluate(model, categories, dataset, config.data, config.output, amp=config.amp)
-        if rank() == 0:
-            print(f"{dataset.summary()}\n\n{table(metrics)}\n\n{config.output}/detections.json, metrics.json")
+        say(f"{dataset.summary()}\n\n{table(metrics)}\n\n{config.output}/detections.json, metrics.json")
 
 
 if __name__ == "__main__":

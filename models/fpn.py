@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.config import FPNConfig
-from models.layers import ConvNorm
+from models.layers import BY_INPUTS, ConvNorm, initialise
 
 
 class FPN(nn.Module):
@@ -18,11 +18,7 @@ class FPN(nn.Module):
         super().__init__()
         self.lateral = nn.ModuleList(ConvNorm(channels, config.channels, 1, config.norm) for channels in in_channels)
         self.output = nn.ModuleList(ConvNorm(config.channels, config.channels, 3, config.norm) for _ in in_channels)
-        for layer in self.modules():
-            if isinstance(layer, nn.Conv2d):
-                nn.init.kaiming_uniform_(layer.weight, a=1)
-                if layer.bias is not None:
-                    nn.init.zeros_(layer.bias)
+        initialise(self, BY_INPUTS)
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """P2..P6, finest first, from C2..C5."""

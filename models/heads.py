@@ -6,6 +6,7 @@ R regions, C channels, K classes, P keypoints, B images, N proposals and D detec
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -16,7 +17,7 @@ from fastmask import boxes as box_ops
 from fastmask import nms_padded, roi_align
 from models.config import BoxHeadConfig, KeypointHeadConfig, MaskHeadConfig
 from models.distributed import mean_count
-from models.layers import ConvNorm, initialise
+from models.layers import BY_INPUTS, Convs, initialise
 from models.structures import PaddedDetections
 
 
@@ -26,20 +27,20 @@ class BoxHead(nn.Module):
     def __init__(self, config: BoxHeadConfig, in_channels: int, classes: int) -> None:
         super().__init__()
         self.config = config
-        self.convs = _convs(in_channels, config.conv_channels, config.convs, config.norm)
+        self.convs = Convs(in_channels, config.conv_channels, config.convs, config.norm)
+        initialise(self.convs)
         channels = config.conv_channels if config.convs else in_channels
         widths = [channels * config.resolution**2, *[config.fc_channels] * config.fcs]
         self.fcs = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
         out_channels = config.fc_channels if config.fcs else channels
         self.class_logits = nn.Linear(out_channels, classes + 1)
         self.deltas = nn.Linear(out_channels, classes * 4)
-        initialise(self.fcs)
+        initialise(self.fcs, BY_INPUTS)
         # What predicts keeps PyTorch's own draw, as in torchvision: Fast R-CNN's 0.01 was for 4096 inputs.
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Regions `[R, C, h, w]` to logits `[R, 1 + K]`, background first, and deltas `[R, K, 4]`; float32."""
-        for conv in self.convs:
-            x = F.relu(conv(x), inplace=True)
+        x = self.convs(x)
         x = x.flatten(1) if self.fcs else x.mean((2, 3))
         for fc in self.fcs:
             x = F.relu(fc(x), inplace=True)
@@ -62,7 +63,7 @@ class BoxHead(nn.Module):
         goal = box_ops.encode(
             torch.where(positive, matched, unit), torch.where(positive, rois, unit), self.config.delta_weights
         )
-        own = deltas.gather(1, (labels - 1).clamp(min=0)[:, None, None].expand(-1, 1, 4))[:, 0]
+        own = deltas.take_along_dim((labels - 1).clamp(min=0)[:, None, None], 1)[:, 0]
         distance = F.smooth_l1_loss(own, goal, beta=self.config.smooth_l1_beta, reduction="none")
         return {
             "box_class": F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum") / number,
@@ -99,7 +100,7 @@ class BoxHead(nn.Module):
         )
         empty, index = index < 0, index.clamp(min=0)
         return PaddedDetections(
-            boxes=box.gather(1, index[..., None].expand(-1, -1, 4)).masked_fill(empty[..., None], 0.0),
+            boxes=box.take_along_dim(index[..., None], 1).masked_fill(empty[..., None], 0.0),
             scores=score.gather(1, index).masked_fill(empty, 0.0),
             labels=label.gather(1, index).masked_fill(empty, 0),
             counts=found,
@@ -111,19 +112,19 @@ class MaskHead(nn.Module):
 
     def __init__(self, config: MaskHeadConfig, in_channels: int, classes: int) -> None:
         super().__init__()
-        self.convs = _convs(in_channels, config.channels, config.convs, config.norm)
+        self.convs = Convs(in_channels, config.channels, config.convs, config.norm)
+        initialise(self.convs)
         self.deconv = nn.ConvTranspose2d(config.channels if config.convs else in_channels, config.channels, 2, 2)
         self.mask_logits = nn.Conv2d(config.channels, classes, 1)
         initialise(self.deconv)
-        initialise(self.mask_logits, std=config.channels**-0.5)
+        initialise(self.mask_logits, partial(nn.init.normal_, std=config.channels**-0.5))
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
         """Regions `[R, C, h, w]` to logits `[R, 2h, 2w]` of the mask of `labels[R]`, 1..K; float32."""
-        for conv in self.convs:
-            x = F.relu(conv(x), inplace=True)
+        x = self.convs(x)
         logits = self.mask_logits(F.relu(self.deconv(x), inplace=True))
-        own = (labels - 1).clamp(min=0)[:, None, None, None].expand(-1, 1, *logits.shape[2:])
-        return logits.gather(1, own)[:, 0].float()
+        own = (labels - 1).clamp(min=0)[:, None, None, None]
+        return logits.take_along_dim(own, 1)[:, 0].float()
 
 
 def mask_loss(
@@ -152,14 +153,14 @@ class KeypointHead(nn.Module):
 
     def __init__(self, config: KeypointHeadConfig, in_channels: int) -> None:
         super().__init__()
-        self.convs = _convs(in_channels, config.channels, config.convs, "none")
+        self.convs = Convs(in_channels, config.channels, config.convs)
+        initialise(self.convs)
         self.deconv = nn.ConvTranspose2d(config.channels, config.keypoints, 4, 2, padding=1)
-        initialise(self.deconv, std=0.001)
+        initialise(self.deconv, partial(nn.init.normal_, std=0.001))
 
     def forward(self, x: Tensor) -> Tensor:
         """Regions `[R, C, h, w]` to logits `[R, P, 4h, 4w]`; float32."""
-        for conv in self.convs:
-            x = F.relu(conv(x), inplace=True)
+        x = self.convs(x)
         return F.interpolate(self.deconv(x).float(), scale_factor=2.0, mode="bilinear", align_corners=False)
 
 
@@ -200,10 +201,3 @@ def decode_keypoints(heatmaps: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
         pixel = torch.stack([index % width, index // width], 1)
         keypoints[i, :, :2] = boxes[i, :2] + (pixel + 0.5) * (sizes[i] / sizes[i].ceil())
     return keypoints, scores
-
-
-def _convs(in_channels: int, channels: int, number: int, norm: str) -> nn.ModuleList:
-    widths = [in_channels, *[channels] * number]
-    convs = nn.ModuleList(ConvNorm(a, b, 3, norm) for a, b in pairwise(widths))
-    initialise(convs)
-    return convs

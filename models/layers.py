@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
@@ -33,19 +37,27 @@ class ConvNorm(nn.Module):
         return conv_norm(x, self.conv, self.norm)
 
 
-def initialise(module: nn.Module, std: float | None = None) -> None:
-    """Draw the weights of every layer in `module`: normal of `std`, or so that activations keep their variance.
+class Convs(nn.Sequential):
+    """Convolutions of 3 x 3, each rectified."""
 
-    Without `std`, convolutions are drawn as in He et al. 2015, and fully connected layers, which join far more inputs
-    than they have outputs, as in Detectron: uniform, by their inputs.
-    """
+    def __init__(self, in_channels: int, channels: int, number: int, norm: Norm = "none") -> None:
+        widths = [in_channels, *[channels] * number]
+        super().__init__(*(ConvNorm(a, b, 3, norm) for a, b in pairwise(widths)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for conv in self:
+            x = F.relu(conv(x), inplace=True)
+        return x
+
+
+BY_OUTPUTS = partial(nn.init.kaiming_normal_, mode="fan_out", nonlinearity="relu")  # He et al. 2015
+BY_INPUTS = partial(nn.init.kaiming_uniform_, a=1)  # Detectron's, for layers with far more inputs than outputs
+
+
+def initialise(module: nn.Module, draw: Callable[[Tensor], object] = BY_OUTPUTS) -> None:
+    """Draw the weights of every layer in `module`; biases are zero."""
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
-            if std is not None:
-                nn.init.normal_(layer.weight, std=std)
-            elif isinstance(layer, nn.Linear):
-                nn.init.kaiming_uniform_(layer.weight, a=1)
-            else:
-                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+            draw(layer.weight)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)

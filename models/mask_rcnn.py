@@ -14,7 +14,7 @@ from models.config import ModelConfig
 from models.fpn import FPN
 from models.heads import BoxHead, KeypointHead, MaskHead, decode_keypoints, keypoint_loss, mask_loss
 from models.layers import initialise
-from models.matching import IGNORED, POSITIVE, match, sample
+from models.matching import IGNORED, POSITIVE, match, matched_rows, sample
 from models.resnet import ResNet, resnet_stage
 from models.rpn import RPN
 from models.structures import Detections, PaddedDetections, Target
@@ -147,7 +147,7 @@ class MaskRCNN(nn.Module):
     ) -> dict[str, Tensor]:
         config = self.config
         rois, labels, matches = self._sample(proposals, counts, targets)
-        matched = [_rows(target.boxes, index) for target, index in zip(targets, matches, strict=True)]
+        matched = [matched_rows(target.boxes, index) for target, index in zip(targets, matches, strict=True)]
         logits, deltas = self.box_head(self._pool(maps, rois, config.box.resolution))
         losses = self.box_head.losses(logits, deltas, rois.flatten(0, 1), labels.flatten(), torch.cat(matched))
         if self.mask_head is None and self.keypoint_head is None:
@@ -180,18 +180,13 @@ class MaskRCNN(nn.Module):
             )
             index = torch.arange(len(roi), device=roi.device)
             kind = kind.masked_fill((index >= count) & (index < len(proposal)), IGNORED)
-            label = _rows(target.labels, matched).masked_fill(kind != POSITIVE, 0)
+            label = matched_rows(target.labels, matched).masked_fill(kind != POSITIVE, 0)
             padding = slots - len(roi)
             rois.append(F.pad(roi, (0, 0, 0, padding)))
             labels.append(F.pad(label, (0, padding)))
             kinds.append(F.pad(kind, (0, padding), value=IGNORED))
             matches.append(F.pad(matched, (0, padding)))
         index, valid = sample(torch.stack(kinds), config.rois_per_image, config.positive_fraction)
-        rois = torch.stack(rois).gather(1, index[..., None].expand(-1, -1, 4))
+        rois = torch.stack(rois).take_along_dim(index[..., None], 1)
         labels = torch.stack(labels).gather(1, index).masked_fill(~valid, -1)
         return rois, labels, torch.stack(matches).gather(1, index)
-
-
-def _rows(values: Tensor, index: Tensor) -> Tensor:
-    """`values[index]`, and zeros where an image has no ground truth to index."""
-    return values[index] if len(values) else values.new_zeros(len(index), *values.shape[1:])

@@ -72,6 +72,11 @@ def sample(labels: Tensor, number: int, positive_fraction: float) -> tuple[Tenso
     return torch.cat([chosen, rest], 1).gather(1, order), valid.gather(1, order)
 
 
+def matched_rows(values: Tensor, matches: Tensor) -> Tensor:
+    """`values[matches]` of a target's values, and zeros where an image has no ground truth to index."""
+    return values[matches] if len(values) else values.new_zeros(len(matches), *values.shape[1:])
+
+
 def _part_inside(boxes: Tensor, regions: Tensor) -> Tensor:
     """The part of each box's area that lies in each region, `[N, R]`."""
     low = boxes[:, None, :2].maximum(regions[:, :2])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +17,8 @@ from fastmask import boxes as box_ops
 from fastmask import nms_padded
 from models.config import AnchorConfig, RPNConfig
 from models.distributed import mean_count
-from models.layers import ConvNorm, initialise
-from models.matching import POSITIVE, match, sample
+from models.layers import Convs, initialise
+from models.matching import POSITIVE, match, matched_rows, sample
 from models.structures import Target
 
 
@@ -50,17 +51,16 @@ class RPN(nn.Module):
         self.strides = strides
         self.register_buffer("cells", base_anchors(config.anchors, len(strides)), persistent=False)
         anchors = self.cells.shape[1]
-        self.convs = nn.ModuleList(ConvNorm(channels, channels, 3, "none") for _ in range(config.convs))
+        self.convs = Convs(channels, channels, config.convs)
         self.objectness = nn.Conv2d(channels, anchors, 1)
         self.deltas = nn.Conv2d(channels, anchors * 4, 1)
-        initialise(self, std=0.01)
+        initialise(self, partial(nn.init.normal_, std=0.01))
 
     def forward(self, maps: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Of each level, logits `[B, H * W * A]` and deltas `[B, H * W * A, 4]`, float32."""
         logits, deltas = [], []
         for x in maps:
-            for conv in self.convs:
-                x = F.relu(conv(x), inplace=True)
+            x = self.convs(x)
             logits.append(self.objectness(x).permute(0, 2, 3, 1).flatten(1).float())
             deltas.append(self.deltas(x).permute(0, 2, 3, 1).reshape(len(x), -1, 4).float())
         return logits, deltas
@@ -98,7 +98,7 @@ class RPN(nn.Module):
         scores, boxes = [], []
         for logit, delta, anchor in zip(logits, deltas, anchors, strict=True):
             best, index = logit.topk(min(per_level, len(anchor)))  # decode only what takes part
-            box = box_ops.decode(delta.gather(1, index[..., None].expand(-1, -1, 4)), anchor[index])
+            box = box_ops.decode(delta.take_along_dim(index[..., None], 1), anchor[index])
             padding = longest - best.shape[1]
             scores.append(F.pad(best, (0, padding), value=-math.inf))
             boxes.append(F.pad(box, (0, 0, 0, padding)))
@@ -116,9 +116,9 @@ class RPN(nn.Module):
         )
         index = index.unflatten(0, score.shape[:2])
         score = score.gather(2, index.clamp(min=0)).masked_fill(index < 0, -math.inf).flatten(1)
-        box = box.gather(2, index.clamp(min=0)[..., None].expand(-1, -1, -1, 4)).flatten(1, 2)
+        box = box.take_along_dim(index.clamp(min=0)[..., None], 2).flatten(1, 2)
         score, index = score.topk(min(proposals, score.shape[1]))
-        box = box.gather(1, index[..., None].expand(-1, -1, 4))
+        box = box.take_along_dim(index[..., None], 1)
         real = score > -math.inf
         return box.masked_fill(~real[..., None], 0.0), real.sum(1)
 
@@ -144,7 +144,7 @@ class RPN(nn.Module):
                 best_for_each=True,
             )
             labels.append(label)
-            matched.append(target.boxes[index] if len(target.boxes) else anchor)
+            matched.append(matched_rows(target.boxes, index))
         label = torch.stack(labels)
         index, valid = sample(label, config.samples_per_image, config.positive_fraction)
         number = mean_count(valid.sum())
@@ -153,10 +153,10 @@ class RPN(nn.Module):
         objectness = F.binary_cross_entropy_with_logits(chosen, positive.to(chosen), reduction="none")
 
         anchor = anchor[index]
-        wanted = torch.stack(matched).gather(1, index[..., None].expand(-1, -1, 4))
+        wanted = torch.stack(matched).take_along_dim(index[..., None], 1)
         goal = box_ops.encode(torch.where(positive[..., None], wanted, anchor), anchor)
         distance = F.smooth_l1_loss(
-            delta.gather(1, index[..., None].expand(-1, -1, 4)), goal, beta=config.smooth_l1_beta, reduction="none"
+            delta.take_along_dim(index[..., None], 1), goal, beta=config.smooth_l1_beta, reduction="none"
         )
         return {
             "rpn_objectness": (objectness * valid).sum() / number,

@@ -3,7 +3,7 @@
     python -m models.train R-50-FPN --data.root COCO --output runs/x
     torchrun --nproc-per-node 8 -m models.train R-50-FPN --data.root COCO --output runs/x
 
-Every field of `models.config.TrainConfig` is an option; `python -m models.train R-50-FPN --help` lists them with the
+The numbers of `models.config.TrainConfig` are options; `python -m models.train R-50-FPN --help` lists them with the
 preset's values. Without `--data.root`, shapes are generated and learnt.
 """
 
@@ -69,22 +69,23 @@ def train(config: TrainConfig) -> None:
         "images_per_gpu": solver.images_per_gpu,
         "accumulate": solver.accumulate,
     }
-    state = resume(model, last, order) if config.resume else {"iteration": 0, "optimizer": None}
-    if not config.resume:
+    if config.resume:
+        state = resume(model, last, order)
+    else:
         start_from(model, config.weights)
+        state = {"iteration": 0, "optimizer": None}
     model.to(device).train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if solver.optimizer == "sgd":
-        optimizer = torch.optim.SGD(parameters, solver.lr, solver.momentum, weight_decay=solver.weight_decay)
-    else:
-        optimizer = torch.optim.AdamW(parameters, solver.lr, weight_decay=solver.weight_decay)
+    optimizer = torch.optim.SGD(parameters, solver.lr, solver.momentum, weight_decay=solver.weight_decay)
     if state["optimizer"]:
         optimizer.load_state_dict(state["optimizer"])
     network = DistributedDataParallel(model) if world > 1 else model
 
     images_per_step = solver.images_per_gpu * world * solver.accumulate
     lr = solver.lr * images_per_step / BATCH
-    say(f"learning rate {solver.lr} for {BATCH} images: {lr:g} for {images_per_step}, on {world} x {device.type}")
+    distributed.say(
+        f"learning rate {solver.lr} for {BATCH} images: {lr:g} for {images_per_step}, on {world} x {device.type}"
+    )
     batches = iter(
         train_loader(
             dataset,
@@ -138,7 +139,7 @@ def train(config: TrainConfig) -> None:
         checkpoint.save(config.output / FINAL, model, dataset.categories)
     for problems in distributed.gather(dataset.problems):
         dataset.problems.merge(problems)
-    say(f"{dataset.summary()}\n{held_out.summary()}\n{config.output / FINAL}")
+    distributed.say(f"{dataset.summary()}\n{held_out.summary()}\n{config.output / FINAL}")
 
 
 def fitted(config: ModelConfig, dataset: CocoDataset) -> ModelConfig:
@@ -180,7 +181,7 @@ def start_from(model: MaskRCNN, weights: str | None) -> None:
             ) from error
         distributed.barrier()
     differences = checkpoint.load_weights(model, path)
-    say(f"weights: {path}\n{differences}")
+    distributed.say(f"weights: {path}\n{differences}")
 
 
 def resume(model: MaskRCNN, path: Path, order: dict[str, int]) -> dict:
@@ -191,12 +192,9 @@ def resume(model: MaskRCNN, path: Path, order: dict[str, int]) -> dict:
     """
     if not path.exists():
         raise ValueError(f"resume: expected {path}, which is not there")
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = checkpoint.load_training(model, path)
     if state["order"] != order:
         raise ValueError(f"resume: expected {state['order']} as before, got {order}")
-    differences = checkpoint.load_weights(model, path)
-    if str(differences):
-        raise ValueError(f"resume: expected the model that {path} was trained with, got\n{differences}")
     return state
 
 
@@ -219,11 +217,6 @@ def check_finite(values: dict[str, float], iteration: int, image_ids: list[int])
             f"iteration {iteration}: {values} of images {image_ids}; the weights were not touched, and the last"
             " checkpoint is good"
         )
-
-
-def say(text: str) -> None:
-    if distributed.rank() == 0:
-        print(text, flush=True)
 
 
 def main() -> None:

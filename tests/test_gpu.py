@@ -35,25 +35,20 @@ def operators():
     return boxes, run
 
 
-def test_nothing_waits_for_the_host():
-    _, run = operators()
-    run()  # compiles
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        run()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-def test_replays_in_a_cuda_graph():
-    boxes, run = operators()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
+def capture(run):
+    """A CUDA graph of `run`, and what a replay leaves its results in."""
+    with torch.cuda.stream(torch.cuda.Stream()):
         run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = run()
+    return graph, captured
+
+
+def test_operators_replay_in_a_cuda_graph():
+    boxes, run = operators()
+    graph, captured = capture(run)
     boxes.copy_(draw_boxes(20, 2, 150, seed=2))
     graph.replay()
     for replayed, eager in zip(captured, run(), strict=True):
@@ -76,30 +71,25 @@ def detector():
     return padded, run
 
 
-def test_a_detector_does_not_wait_for_the_host():
-    _, run = detector()
-    run()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        run()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
 def test_a_detector_replays_in_a_cuda_graph():
     padded, run = detector()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run()
+    graph, captured = capture(run)
     padded.copy_(padded.flip(3))
     graph.replay()
     eager = run()
     assert torch.equal(captured.counts, eager.counts)
     torch.testing.assert_close(captured.boxes, eager.boxes)
+
+
+@pytest.mark.parametrize("make", [operators, detector])
+def test_nothing_waits_for_the_host(make):
+    _, run = make()
+    run()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_more_than_2_31_elements():

@@ -7,9 +7,7 @@ from PIL import Image
 from models.data.coco import CocoDataset
 from models.data.problems import DataError, Problems
 
-pytestmark = [
-    pytest.mark.reference_only,
-]
+pytestmark = pytest.mark.reference_only
 
 
 @pytest.fixture

@@ -10,9 +10,7 @@ from pycocotools.coco import COCO
 from models.data.coco import CocoDataset
 from models.structures import Category
 
-pytestmark = [
-    pytest.mark.reference_only,
-]
+pytestmark = pytest.mark.reference_only
 
 
 @pytest.fixture

@@ -17,9 +17,7 @@ from models.data.coco import PIXEL_CENTRE
 from models.data.scenes import MIN_PIXELS
 from models.data.shapes import CATEGORY_IDS, SETTINGS, ShapesConfig, ensure, generate, scene
 
-pytestmark = [
-    pytest.mark.reference_only,
-]
+pytestmark = pytest.mark.reference_only
 
 KEYPOINTS = (
     "nose left_eye right_eye left_ear right_ear left_shoulder right_shoulder left_elbow right_elbow left_wrist "

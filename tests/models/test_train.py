@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 
 from models import checkpoint, train
 from models.data.shapes import ShapesConfig, generate
+from models.mask_rcnn import MaskRCNN
 
 pytestmark = [pytest.mark.reference_only, pytest.mark.unpoisoned]
 
@@ -117,6 +119,17 @@ def test_a_killed_run_ends_where_it_would_have(uninterrupted, shapes, tmp_path):
     assert_same(weights(uninterrupted[0] / train.FINAL), weights(output / train.FINAL))
     logged = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in logged if line["group"] == "train"] == [1, 2, 3, 4, 5, 6]
+
+
+def test_another_run_is_not_resumed(uninterrupted):
+    path = uninterrupted[0] / train.LAST
+    config = checkpoint.load_model(path, "cpu")[0].config
+    with pytest.raises(ValueError, match=r"resume: expected \{'seed': 0, .*\} as before, got \{'seed': 1\}"):
+        train.resume(MaskRCNN(config), path, {"seed": 1})
+    with pytest.raises(
+        ValueError, match="expected the model that it was trained with, got\nof another shape: box_head"
+    ):
+        train.resume(MaskRCNN(replace(config, classes=3)), path, {"seed": 0})
 
 
 def test_a_finished_run_is_not_overwritten(uninterrupted, shapes):
