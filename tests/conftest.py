@@ -1,6 +1,5 @@
 """What all operator tests share: the devices, uninitialised memory poisoned, and the error budgets."""
 
-import hypothesis
 import pytest
 import torch
 
@@ -12,16 +11,6 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() and not INTERPRETED el
 # float16 and bfloat16 round twice (the result, and in a backward the weights of the matrix product) by half a
 # step of `finfo.eps`; a tenth of that is left for the float32 sum.
 BUDGET = {torch.float64: 1e-14, torch.float32: 2e-6, torch.float16: 1.1 * 2**-10, torch.bfloat16: 1.1 * 2**-7}
-
-# The interpreter takes some 40 ms for each program of a kernel: fewer examples, and none to find a smaller one.
-hypothesis.settings.register_profile("reference", max_examples=40, deadline=None, derandomize=True)
-hypothesis.settings.register_profile(
-    "interpreted",
-    hypothesis.settings.get_profile("reference"),
-    max_examples=6,
-    phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],
-)
-hypothesis.settings.load_profile("interpreted" if INTERPRETED else "reference")
 
 
 def pytest_collection_modifyitems(config, items):

@@ -6,7 +6,6 @@ import sys
 import pytest
 
 import fastmask
-from benchmarks.operators import COMMITTED, README, committed_table, shown_table
 
 WITHOUT_TRITON = """
 import sys
@@ -42,9 +41,3 @@ def test_exports_are_sorted_and_there():
     assert fastmask.__all__ == sorted(fastmask.__all__)
     assert all(hasattr(fastmask, name) for name in fastmask.__all__)
     assert fastmask.__version__
-
-
-@pytest.mark.reference_only
-def test_the_readme_shows_the_committed_measurements():
-    for name in COMMITTED:
-        assert shown_table(README.read_text(), name) == committed_table(name)

@@ -6,8 +6,6 @@ import pytest
 import torch
 import torchvision
 from conftest import assert_within_budget
-from hypothesis import given
-from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastmask import multiscale_roi_align, roi_align
@@ -427,23 +425,6 @@ def test_autocast_keeps_half_precision_and_the_boxes_in_float32(device):
     lists = [torch.empty(0, 4, device=device, dtype=torch.bfloat16)] * 257
     lists.append(torch.tensor([[0, 0, 1, 1]], device=device, dtype=torch.bfloat16))
     assert roi_align(many, lists, 1).item() == 257
-
-
-@given(data=st.data())
-def test_any_shape_is_torchvisions(data):
-    n, c, h, w, k, ph, pw, ratio = (
-        data.draw(st.integers(low, high))
-        for low, high in ((1, 2), (1, 20), (1, 9), (1, 9), (0, 3), (1, 3), (1, 3), (-1, 3))
-    )
-    aligned, scale = data.draw(st.booleans()), data.draw(st.sampled_from([1.0, 0.5, 0.3]))
-    coordinate = st.floats(-20, 40, width=32)
-    boxes = [[data.draw(st.integers(0, n - 1)), *data.draw(st.tuples(*[coordinate] * 4))] for _ in range(k)]
-    boxes = torch.tensor(boxes, dtype=torch.float32).view(-1, 5)
-    if aligned and ratio <= 0:  # of an inverted box torchvision would want a negative number of samples, and throw
-        boxes = torch.cat([boxes[:, :1], boxes[:, 1:].view(-1, 2, 2).sort(1).values.flatten(1)], 1)
-    (feature,) = draw_pyramid([(h, w)], images=n, channels=c)
-    theirs = torchvision.ops.roi_align(feature, boxes, (ph, pw), scale, ratio, aligned)
-    torch.testing.assert_close(roi_align(feature, boxes, (ph, pw), scale, ratio, aligned), theirs, rtol=1e-5, atol=1e-5)
 
 
 F, B = torch.zeros(2, 3, 4, 4), torch.zeros(1, 5)

@@ -3,8 +3,6 @@
 import pytest
 import torch
 from conftest import assert_within_budget
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 from torchvision.ops import roi_pool as torchvision_roi_pool
 
@@ -97,21 +95,6 @@ def test_many_boxes_in_chunks_are_torchvisions(monkeypatch):
     monkeypatch.setattr(module, "REFERENCE_PIXELS", 1000)
     monkeypatch.setattr(backward_module, "REFERENCE_VALUES", 1000)
     assert_like_torchvision("cpu", features, boxes, (7, 7))
-
-
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    shape=st.tuples(*(st.integers(1, n) for n in (2, 5, 9, 9))),
-    count=st.integers(0, 4),
-    size=st.tuples(st.integers(1, 4), st.integers(1, 4)),
-    scale=st.floats(0.05, 4),
-    seed=st.integers(0, 1 << 30),
-)
-def test_is_torchvisions_for_any_shape(device, shape, count, size, scale, seed):
-    features, boxes = draw(*shape, boxes=count, seed=seed)
-    features = (features * 2).round()  # ties
-    boxes[:, 1:] /= scale
-    assert_like_torchvision(device, features, boxes, size, scale)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
