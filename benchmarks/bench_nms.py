@@ -1,0 +1,167 @@
+"""NMS: of one list of boxes, of an RPN's levels, and of a detector's classes.
+
+Bytes: boxes, scores and classes read, indices written. FLOPs: what no greedy algorithm avoids. Any two boxes that are
+kept must have been compared, within a class, and each that is dropped with one that drops it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor
+
+import fastmask
+from benchmarks.harness import Race, parameters
+from benchmarks.machine import Call
+from benchmarks.pooling import DTYPES, torchvision_in
+from benchmarks.results import OURS
+from benchmarks.workloads import candidates, disjoint, generator, one_spot, sized
+from fastmask.kernels.nms_reference import nms_reference
+
+IOU_FLOPS = 13  # 4 extrema, 2 differences, 2 clamps, 3 for the union, a product, a comparison
+LEVELS = 5  # P2 to P6
+CLASSES, DETECTIONS, SCORE = 80, 100, 0.05  # of COCO; §3.1
+
+
+def work(tensors: Sequence[Tensor], kept: Sequence[int], dropped: int) -> dict[str, int]:
+    """Bytes and FLOPs, given the inputs, how many boxes each list or class keeps, and how many are dropped."""
+    compared = sum(n * (n - 1) // 2 for n in kept) + dropped
+    return {"bytes": sum(tensor.nbytes for tensor in tensors) + 8 * sum(kept), "flops": IOU_FLOPS * compared}
+
+
+def race_one_list(
+    race: Race, name: str, boxes: Tensor, scores: Tensor, *, compiled: bool = False, **options: object
+) -> None:
+    dtype = str(boxes.dtype).removeprefix("torch.")
+    boxes, scores = boxes.to(race.device), scores.to(race.device)
+
+    def theirs() -> Tensor:
+        with torch.autocast(boxes.device.type, enabled=dtype != "float32"):
+            return torchvision.ops.nms(boxes, scores, 0.7)
+
+    providers: dict[str, Call] = {
+        OURS: lambda: fastmask.nms(boxes, scores, 0.7),
+        torchvision_in(dtype): theirs,
+    }
+    if importlib.util.find_spec("mmcv"):
+        from mmcv.ops import nms
+
+        providers["mmcv"] = lambda: nms(boxes, scores, 0.7)[1]
+    if compiled:
+        reference = torch.compile(nms_reference)
+        providers["torch.compile"] = lambda: reference(boxes, scores, None, 0.7)
+    kept = len(fastmask.nms(boxes, scores, 0.7))
+    race(name, providers, torch.equal, **work([boxes, scores], [kept], len(boxes) - kept), **options)
+
+
+@pytest.mark.parametrize(
+    ("count", "dtype", "target"),
+    parameters(
+        [
+            (1000, "float32", {"cpu": 1 / 1.15, "gpu": 1}),
+            (1000, "float16", None),
+            (1000, "bfloat16", None),
+            (10_000, "float32", {"cpu": 2, "gpu": 1}),
+        ],
+        quick=lambda count, *_: count == 1000,
+    ),
+)
+def bench_one_list(race, count, dtype, target):
+    boxes, scores = (tensor.to(DTYPES[dtype]) for tensor in candidates(count))
+    compiled = (count, dtype) == (10_000, "float32")
+    race_one_list(race, f"{count:,} boxes, {dtype}", boxes, scores, target=target, compiled=compiled)
+
+
+@pytest.mark.parametrize(("count", "images"), parameters([(1000, 1), (2000, 1), (1000, 8)], quick=lambda *_: True))
+def bench_rpn(race, count, images):
+    """Proposals of each level by themselves, as an RPN asks: torchvision keeps levels apart by an offset."""
+    lists = images * LEVELS
+    drawn = [candidates(count, seed=seed) for seed in range(lists)]
+    boxes, scores = (torch.stack(tensors).to(race.device) for tensors in zip(*drawn, strict=True))
+    level = torch.arange(lists, device=race.device)[:, None].expand(lists, count)
+
+    def theirs() -> list[Tensor]:  # image by image
+        parts = (tensor.split(LEVELS) for tensor in (boxes, scores, level))
+        return [
+            torchvision.ops.batched_nms(box.flatten(0, 1), score.flatten(), index.flatten(), 0.7)
+            for box, score, index in zip(*parts, strict=True)
+        ]
+
+    def same(ours: tuple[Tensor, Tensor], theirs: list[Tensor]) -> bool:
+        indices, _ = ours
+        found = (indices + torch.arange(lists, device=race.device)[:, None] * count)[indices >= 0]
+        others = torch.cat([kept + image * LEVELS * count for image, kept in enumerate(theirs)])
+        # The offset rounds IoUs: the odd box may go the other way.
+        return _overlap(found, others) >= 0.99
+
+    def ours() -> tuple[Tensor, Tensor]:
+        return fastmask.nms_padded(boxes, scores, 0.7, count)
+
+    kept = ours()[1].tolist()
+    race(
+        f"{lists} x {count} boxes of {images} RPN" + "s" * (images > 1),
+        {OURS: ours, "torchvision": theirs},
+        same,
+        target={"gpu": 5} if (count, images) == (1000, 1) else None,
+        **work([boxes, scores], kept, lists * count - sum(kept)),
+    )
+
+
+def bench_classes(race):
+    """The best 100 of 1000 proposals in 80 classes, above a score of 0.05."""
+    proposals, _ = candidates(1000)
+    noise = torch.randn(1000 * CLASSES, 4, generator=generator(2)) * 2
+    boxes = (proposals.repeat_interleave(CLASSES, 0) + noise).clamp(min=0).to(race.device)
+    boxes[:, 2:] = boxes[:, 2:].maximum(boxes[:, :2] + 1)
+    logits = torch.randn(1000, CLASSES, generator=generator(3)) * 2
+    scores = logits.softmax(1).flatten().to(race.device)
+    classes = torch.arange(CLASSES, device=race.device).repeat(1000)
+
+    def ours() -> Tensor:
+        indices, _ = fastmask.nms_padded(
+            boxes[None], scores[None], 0.5, DETECTIONS, classes=classes[None], score_threshold=SCORE
+        )
+        return indices[0]
+
+    def theirs() -> Tensor:
+        above = (scores > SCORE).nonzero()[:, 0]
+        return above[torchvision.ops.batched_nms(boxes[above], scores[above], classes[above], 0.5)[:DETECTIONS]]
+
+    def same(ours: Tensor, theirs: Tensor) -> bool:
+        return _overlap(ours, theirs) >= 0.95
+
+    kept = classes[ours()].bincount(minlength=CLASSES).tolist()
+    name = f"{DETECTIONS} detections of 1000 x {CLASSES} classes"
+    # How many are dropped before the hundredth is found, the result does not tell.
+    race(name, {OURS: ours, "torchvision": theirs}, same, **work([boxes, scores, classes], kept, dropped=0))
+
+
+def _overlap(a: Tensor, b: Tensor) -> float:
+    """Of two sets of indices."""
+    union = len(torch.cat([a, b]).unique())
+    return (len(a) + len(b) - union) / union
+
+
+ADVERSARIAL = {
+    "all on one spot": one_spot,
+    "none touches another": disjoint,
+    "all of 2 pixels": lambda count: sized(count, 2),
+    "all of 790 pixels": lambda count: sized(count, 790),
+}
+
+
+@pytest.mark.parametrize("boxes", parameters(zip(ADVERSARIAL), quick=lambda boxes: boxes == "all on one spot"))
+def bench_adversarial(race, boxes):
+    count = 5000
+    scores = torch.rand(count, generator=generator(1))
+    race_one_list(race, f"{count:,} boxes, {boxes}", ADVERSARIAL[boxes](count), scores, kind="adversarial")
+
+
+@pytest.mark.parametrize("count", parameters(zip([100, 1000, 10_000, 50_000, 200_000]), quick=lambda n: n <= 1000))
+def bench_boxes(race, count):
+    boxes, scores = candidates(count)
+    race_one_list(race, f"{count:,} boxes", boxes, scores, kind="scaling", axis="boxes", at=count)

@@ -1,0 +1,66 @@
+"""`pytest benchmarks/`: where to measure, how long, and where the results go."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import results
+from benchmarks.harness import Race
+from benchmarks.machine import Machine
+from benchmarks.results import Case, Section
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("fastmask", "fastmask's benchmarks")
+    group.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    group.addoption("--threads", type=int, default=2, help="of the CPU")
+    group.addoption("--quick", action="store_true", help="few small cases, few rounds: that everything runs")
+    group.addoption("--results", type=Path, help="JSON in which to replace the sections that run")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "quick: also run by --quick")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        item.add_marker(pytest.mark.filterwarnings("default"))  # peers may warn
+    if config.option.quick:
+        left_out = [item for item in items if not item.get_closest_marker("quick")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
+@pytest.fixture(scope="session")
+def machine(request):
+    return Machine(request.config.option.device, request.config.option.threads)
+
+
+@pytest.fixture(scope="session")
+def run(request, machine):
+    """Taken once: the results file itself is a change to the work tree."""
+    return machine.run(quick=request.config.option.quick)
+
+
+@pytest.fixture(scope="module")
+def record(request, run):
+    """Takes a case of this section; the file is written after each, so a run that is cut off has its share."""
+    option = request.config.option
+    name = request.module.__name__.rpartition("bench_")[2]
+    section = Section(run, [])
+
+    def done(case: Case) -> None:
+        assert case.name not in [other.name for other in section.cases]  # `compare` finds cases by their names
+        section.cases.append(case)
+        if option.results:
+            found = results.load(option.results) if option.results.exists() else {}
+            results.save(found | {name: section}, option.results)
+
+    return done
+
+
+@pytest.fixture
+def race(request, benchmark, machine, record):
+    torch.manual_seed(0)
+    return Race(benchmark, machine, record, quick=request.config.option.quick)
