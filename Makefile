@@ -27,11 +27,11 @@ lint: .venv/installed
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 # Not in .venv: a machine with a GPU has its own torch. Set PYTHON to the one to use. tests/models has nothing for a
-# GPU and asks for more packages than that.
+# GPU and asks for more packages than that. ONLY="nms model" goes on with those sections of the benchmarks.
 gpu-check:
-	PYTHONPATH=. $(PYTHON) -m pytest tests --ignore tests/models
-	PYTHONPATH=. $(PYTHON) -m benchmarks.operators --device cuda --json benchmarks/results/cuda.json
-	PYTHONPATH=. $(PYTHON) -m benchmarks.detectors --device cuda --json benchmarks/results/cuda_detectors.json
+	$(if $(ONLY),,PYTHONPATH=. $(PYTHON) -m pytest tests --ignore tests/models -k "cuda or gpu" -rs)
+	PYTHONPATH=. $(PYTHON) -m benchmarks run --device cuda $(ONLY:%=--only %)
+	PYTHONPATH=. $(PYTHON) -m benchmarks report
 
 clean:
 	rm -rf .venv dist
