@@ -1,127 +1,275 @@
-"""Time whole detectors against torchvision's, from the same weights, side by side in one run.
+"""torchvision's detectors and ours from the same random weights, from decoded images to what is found, on the host.
 
-    python -m benchmarks.detectors [--device cuda] [--threads 2] [--repeat 7] [--json PATH]
-
-Training: a ResNet-18-FPN from scratch, four images of 192 x 192 with six objects each, torchvision's settings (512
-regions an image). Inference: a ResNet-50-FPN on one image of 800 x 1333 with 1000 proposals and 100 detections.
-Weights are random; batch norms and the pyramid's maps are scaled so that there is something to detect.
+As in torchvision's published models, batch norms are frozen. Nothing is trained, but there is something to detect:
+batch norms, the pyramid's maps and the residual branches are scaled (`calibrate`), and pictures have structure. On
+white noise, which is the same everywhere, scores differ so little that the last bits choose the boxes.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import detection
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
-from torchvision.ops import box_iou
+from torchvision.ops import FrozenBatchNorm2d, box_iou
+from torchvision.transforms.v2 import functional
 
-from benchmarks.operators import Case, compare, parser
-from models import images as pictures
+from benchmarks.workloads import generator
+from models.config import ModelConfig
 from models.mask_rcnn import MaskRCNN
-from models.structures import Target
+from models.presets import PRESETS
+from models.structures import Detections, PaddedDetections
 from models.weights_torchvision import convert_detector
 
+NO_RLE = {}
+if importlib.util.find_spec("pycocotools"):
+    from pycocotools import mask as coco_mask
 
-def ours(theirs: nn.Module, device: str, **box: float) -> MaskRCNN:
-    """Our detector with torchvision's weights and conventions."""
-    weights = convert_detector(theirs.state_dict())
-    model = MaskRCNN(replace(weights.config, box=replace(weights.config.box, **box)))
-    model.load_state_dict(weights.tensors)
-    return model.to(device)
+    from models.rle import encode_masks
+else:
+    NO_RLE = {"RLE": "pycocotools is not installed, the masks' pixels are copied to the host instead"}
+
+BACKBONES = {  # torchvision's names
+    "R-18-FPN": "resnet18",
+    "R-50-FPN": "resnet50",
+    "R-101-FPN": "resnet101",
+    "X-101-FPN": "resnext101_64x4d",
+    "R-50-FPN-keypoint": "resnet50",
+}
+RESIDUAL = 0.25  # gamma of a residual branch's last norm: at 1, random layers blow up what bfloat16 rounds off
+
+Masks = list[dict[str, Any]] | Tensor  # run-length encoded, or pixels where that is not installed
 
 
-def training_case(device: str, generator: torch.Generator) -> Case:
-    size, classes = 192, 7
+@dataclass(frozen=True)
+class Found:
+    """What there is in an image, on the host."""
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+    masks: Masks | None
+    keypoints: Tensor | None
+    exact: bool  # computed in float32 throughout
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How alike two detectors' findings in an image have to be."""
+
+    best: float  # the part of the detections, by score, that counts
+    share: float  # of them that need a partner of their label
+    iou: float  # of the partners' boxes
+    score: float  # relative difference, rank by rank
+    masks: float  # pixels that differ, over those in either mask
+    keypoints: float  # distance in pixels, of most
+
+
+EXACT = Agreement(best=1.0, share=0.98, iou=0.999, score=1e-3, masks=0.01, keypoints=0.02)
+ROUNDED = Agreement(best=0.5, share=0.5, iou=0.7, score=0.1, masks=0.4, keypoints=8.0)
+
+
+class GraphedMaskRCNN(MaskRCNN):
+    """In bfloat16, and a CUDA graph for each shape of the padded batch: one launch instead of thousands.
+
+    What is found in a batch is overwritten by the next one of its shape.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.graphs: dict[torch.Size, tuple[torch.cuda.CUDAGraph, Tensor, Tensor, PaddedDetections]] = {}
+
+    def _infer(self, images: Tensor, sizes: Tensor, *, compact: bool = False) -> PaddedDetections:
+        assert not compact  # it waits
+        if images.shape not in self.graphs:
+            self.graphs[images.shape] = self._capture(images.clone(), sizes.clone())
+        graph, own_images, own_sizes, found = self.graphs[images.shape]
+        own_images.copy_(images)
+        own_sizes.copy_(sizes)
+        graph.replay()
+        return found
+
+    def _capture(self, images: Tensor, sizes: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor, PaddedDetections]:
+        # Weights cast to bfloat16 and cached before the capture would be freed under the graph
+        with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+            super()._infer(images, sizes)  # compiles, and allocates what libraries keep
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                found = super()._infer(images, sizes)
+        return graph, images, sizes, found
+
+
+def torchvisions(preset: str, size: Sequence[int], *, frozen: bool = True) -> nn.Module:
+    """The preset as torchvision builds it, on the CPU; `frozen` as its published models are, or trained all over."""
+    config = PRESETS[preset].model
     backbone = resnet_fpn_backbone(
-        backbone_name="resnet18", weights=None, trainable_layers=5, norm_layer=nn.BatchNorm2d
+        backbone_name=BACKBONES[preset],
+        weights=None,
+        norm_layer=FrozenBatchNorm2d if frozen else nn.BatchNorm2d,
+        trainable_layers=3 if frozen else 5,
     )
-    theirs = detection.MaskRCNN(backbone, classes + 1, min_size=size, max_size=size).to(device).train()
-    model = ours(theirs, device)
-    model.requires_grad_(True)  # as torchvision's, down to the stem
-    model.backbone.frozen.clear()
-    model.train()
-    images = [torch.randint(0, 256, (3, size, size), generator=generator, dtype=torch.uint8) for _ in range(4)]
-    targets = []
-    for _ in images:
-        low = torch.rand(6, 2, generator=generator) * 110
-        boxes = torch.cat([low, low + 15 + 65 * torch.rand(6, 2, generator=generator)], 1)
-        masks = torch.zeros(6, size, size, dtype=torch.uint8)
-        for mask, (x1, y1, x2, y2) in zip(masks, boxes.int().tolist(), strict=True):
-            mask[y1:y2, x1:x2] = 1
-        labels = torch.randint(1, classes + 1, (6,), generator=generator)
-        targets.append(Target(boxes, labels, torch.zeros(0, 4), masks).to(device))
-    images = [image.to(device) for image in images]
-    floats = [image / 255 for image in images]
-    dictionaries = [{"boxes": t.boxes, "labels": t.labels, "masks": t.masks} for t in targets]
+    kind = detection.MaskRCNN if config.keypoint is None else detection.KeypointRCNN
+    model = kind(backbone, config.classes + 1, min_size=min(size), max_size=max(size), box_score_thresh=0.0)
+    calibrate(model, picture(320, 320) / 255)
+    return model.eval()
 
-    def step(network: nn.Module, *batch: object) -> Tensor:
-        network.zero_grad()
-        loss = sum(network(*batch).values())
-        loss.backward()
-        return loss.detach()
 
-    return Case(
-        "training step, ResNet-18-FPN, 4 images of 192 x 192",
-        lambda: step(model, *pictures.batch(images, model.config.input), targets),
-        lambda: step(theirs, floats, dictionaries),
-        1 / 0.8,
-        lambda a, b: bool((a - b).abs() < 0.1 * b),  # each draws its own samples
+def ours(theirs: nn.Module) -> MaskRCNN:
+    """Ours, on the CPU, with torchvision's weights and conventions."""
+    weights = convert_detector(theirs.state_dict())
+    config = weights.config
+    frozen_stages = config.backbone.frozen_stages if config.backbone.norm == "frozen" else 0
+    config = replace(
+        config,
+        input=replace(config.input, min_size=theirs.transform.min_size[0], max_size=theirs.transform.max_size),
+        backbone=replace(config.backbone, norm_eps=1e-5, frozen_stages=frozen_stages),
+        box=replace(config.box, score_threshold=0.0),
     )
+    model = MaskRCNN(config)
+    model.load_state_dict(weights.tensors)
+    return model.eval()
 
 
-def inference_case(device: str, generator: torch.Generator) -> Case:
-    size = (800, 1333)
-    theirs = detection.maskrcnn_resnet50_fpn(weights=None, weights_backbone=None, box_score_thresh=0.0)
-    image = torch.randint(0, 256, (3, *size), generator=generator, dtype=torch.uint8)
-    calibrate(theirs, image / 255)
-    theirs.to(device).eval()
-    model = ours(theirs, device, score_threshold=0.0).eval()
-    image = image.to(device)
+def graphed(model: MaskRCNN) -> GraphedMaskRCNN:
+    """The model with weights of its own, on the same device."""
+    copy = GraphedMaskRCNN(model.config)
+    copy.load_state_dict(model.state_dict())
+    return copy.to(model.rpn.cells.device).eval()
 
-    @torch.inference_mode()
-    def detect() -> tuple[Tensor, Tensor, Tensor]:
-        (found,) = theirs([image / 255])
-        return found["boxes"], found["scores"], found["masks"][:, 0] >= 0.5
 
-    def our_detect() -> tuple[Tensor, Tensor, Tensor]:
-        (found,) = model.detect([image])
-        return found.boxes, found.scores, found.masks()
-
-    def same(a: object, b: object) -> bool:
-        (boxes, scores, masks), (other_boxes, other_scores, other_masks) = a, b
-        overlap, index = box_iou(boxes, other_boxes).max(1)  # equal scores may change places
-        return (
-            len(boxes) == len(other_boxes) == 100
-            and bool((overlap > 0.999).all())
-            and bool((scores - other_scores).abs().max() < 1e-4)
-            and bool((masks != other_masks[index]).double().mean() < 1e-4)
-        )
-
-    return Case("inference, ResNet-50-FPN, 800 x 1333, masks pasted", our_detect, detect, 1 / 0.75, same)
+def ours_alone(preset: str, size: Sequence[int]) -> MaskRCNN:
+    """A C4, which torchvision does not have, with its batch norms folded as frozen ones are."""
+    config = PRESETS[preset].model
+    config = replace(
+        config,
+        input=replace(config.input, min_size=min(size), max_size=max(size)),
+        backbone=replace(config.backbone, norm="batch", frozen_stages=0),
+        box=replace(config.box, score_threshold=0.0),
+    )
+    model = MaskRCNN(config).train()
+    x = functional.normalize(picture(320, 320).float(), config.input.pixel_mean, config.input.pixel_std)
+    with torch.no_grad():
+        features = _settle(model.backbone, x[None])[-1]
+        model.rpn.convs[0].conv.weight /= features.std()
+        _settle(model.res5, features)
+    return model.eval()
 
 
 @torch.no_grad()
 def calibrate(model: nn.Module, image: Tensor) -> None:
-    """Give random weights statistics: untrained, features grow from layer to layer until no box is finite."""
-    images = model.transform([image])[0].tensors
-    for module in model.backbone.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = 1.0
-    model.train().backbone(images)
-    levels = model.eval().backbone(images)
-    for block, level in zip(model.backbone.fpn.layer_blocks, levels.values(), strict=False):
+    """Give random weights statistics: untrained, features grow from layer to layer until no box is finite.
+
+    Args:
+        model: torchvision's.
+        image: `[3, H, W]`, 0..1.
+    """
+    levels = _settle(model.eval().backbone, model.transform.normalize(image)[None])
+    for block, level in zip(model.backbone.fpn.layer_blocks, levels.values(), strict=False):  # P6 has no weights
         block[0].weight /= level.std()
 
 
-def main() -> None:
-    arguments = parser("Whole detectors against torchvision's, in one run.").parse_args()
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
-    generator = torch.Generator().manual_seed(0)
-    compare([make(arguments.device, generator) for make in (training_case, inference_case)], arguments)
+def _settle(network: nn.Module, x: Tensor) -> Any:
+    """What the network makes of x, where each batch norm takes the statistics of its input."""
+
+    def take(norm: nn.Module, inputs: tuple[Tensor]) -> None:
+        variance, mean = torch.var_mean(inputs[0], (0, 2, 3))
+        norm.running_var.copy_(variance)
+        norm.running_mean.copy_(mean)
+
+    hooks = []
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d | FrozenBatchNorm2d):
+            hooks.append(module.register_forward_pre_hook(take))
+        if hasattr(module, "bn3"):
+            module.bn3.weight.fill_(RESIDUAL)
+    result = network(x)
+    for hook in hooks:
+        hook.remove()
+    return result
 
 
-if __name__ == "__main__":
-    main()
+def picture(height: int, width: int, seed: int = 0) -> Tensor:
+    """`[3, height, width]` uint8, with structure of all sizes."""
+    g = generator(seed)
+    octaves = [torch.randn(1, 3, height // s + 1, width // s + 1, generator=g) for s in (8, 16, 32, 64, 128)]
+    layers = [F.interpolate(octave, size=(height, width), mode="bicubic")[0] for octave in octaves]
+    return (128 + 60 * torch.stack(layers).sum(0) / len(layers) ** 0.5).clamp(0, 255).to(torch.uint8)
+
+
+def detect(model: MaskRCNN, images: Sequence[Tensor]) -> list[Found]:
+    """Ours, from images on the host."""
+    results = []
+    for found in model.detect(images):
+        assert len(found) == model.config.box.detections
+        masks = None if found.mask_probabilities is None else encode_ours(found)
+        results.append(_on_host(found.boxes, found.scores, found.labels, masks, found.keypoints))
+    return results
+
+
+@torch.inference_mode()
+def detect_torchvisions(model: nn.Module, images: Sequence[Tensor]) -> list[Found]:
+    device = next(model.parameters()).device
+    results = []
+    for found in model([functional.to_dtype(image.to(device), scale=True) for image in images]):
+        masks = encode_torchvisions(threshold(found["masks"])) if "masks" in found else None
+        results.append(_on_host(found["boxes"], found["scores"], found["labels"], masks, found.get("keypoints")))
+    return results
+
+
+def _on_host(boxes: Tensor, scores: Tensor, labels: Tensor, masks: Masks | None, keypoints: Tensor | None) -> Found:
+    kind = boxes.device.type
+    exact = not torch.is_autocast_enabled(kind) and (kind == "cpu" or not torch.backends.cudnn.allow_tf32)
+    keypoints = None if keypoints is None else keypoints.cpu()
+    return Found(boxes.float().cpu(), scores.float().cpu(), labels.cpu(), masks, keypoints, exact)
+
+
+def encode_ours(found: Detections) -> Masks:
+    return found.masks().cpu() if NO_RLE else encode_masks(found)
+
+
+def threshold(masks: Tensor) -> Tensor:
+    """torchvision's pasted probabilities, `[N, 1, H, W]`, as masks."""
+    return masks[:, 0] >= 0.5
+
+
+def encode_torchvisions(masks: Tensor) -> Masks:
+    """One by one, as torchvision's own evaluation does."""
+    pixels = masks.cpu()
+    if NO_RLE:
+        return pixels
+    return [coco_mask.encode(np.array(mask, dtype=np.uint8, order="F")) for mask in pixels.numpy()]
+
+
+def same(ours: object, theirs: object) -> bool:
+    """Whether two detectors of the same weights have found the same in each image."""
+    return all(_same(a, b, EXACT if a.exact and b.exact else ROUNDED) for a, b in zip(ours, theirs, strict=True))
+
+
+def _same(a: Found, b: Found, limit: Agreement) -> bool:
+    if len(a.boxes) != len(b.boxes):
+        return False
+    overlap, index = (box_iou(a.boxes, b.boxes) * (a.labels[:, None] == b.labels)).max(1)  # equals may change places
+    overlap = overlap[: int(limit.best * len(overlap))]
+    rows = (overlap > limit.iou).nonzero()[:, 0]
+    index = index[rows]
+    agrees = len(rows) >= limit.share * len(overlap)
+    agrees &= bool(((a.scores - b.scores).abs() <= limit.score * a.scores).all())
+    if a.masks is not None:
+        masks, others = _pixels(a.masks)[rows], _pixels(b.masks)[index]
+        agrees &= bool((masks != others).sum() <= limit.masks * (masks | others).sum())
+    if a.keypoints is not None:
+        distance = (a.keypoints[rows] - b.keypoints[index]).abs().amax(-1)
+        agrees &= bool(distance.median() <= limit.keypoints)
+    return agrees
+
+
+def _pixels(masks: Masks) -> Tensor:
+    """`[N, H, W]` bool."""
+    return masks if isinstance(masks, Tensor) else torch.from_numpy(coco_mask.decode(masks)).permute(2, 0, 1).bool()

@@ -17,7 +17,6 @@ from typing import Any, Literal, Protocol, cast
 import numpy as np
 import torch
 import tyro
-from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
@@ -30,6 +29,7 @@ from models.data.coco import PIXEL_CENTRE, CocoDataset
 from models.data.loader import BadSample, eval_loader
 from models.data.shapes import ShapesConfig, ensure
 from models.distributed import barrier, broadcast, gather, process_group, rank, say, world
+from models.rle import encode_masks
 from models.structures import Category, Detections
 
 Task = Literal["bbox", "segm", "keypoints"]
@@ -44,9 +44,6 @@ FIELDS: dict[Task, tuple[str, ...]] = {
     "segm": ("segmentation",),
     "keypoints": ("keypoints", "bbox"),
 }
-
-# Of pasted masks held at a time: 31 of 800 x 1333, out of up to 100 in an image.
-PASTE_BYTES = 32 * 2**20
 
 
 class Detector(Protocol):
@@ -149,17 +146,6 @@ def coco_results(detections: Detections, categories: Sequence[Category]) -> list
             if category.keypoints:
                 result["keypoints"] = points
     return results
-
-
-def encode_masks(detections: Detections) -> list[dict[str, Any]]:
-    """COCO's compressed run-length encoding of each pasted mask, `counts` as text. Holds `PASTE_BYTES` of them."""
-    height, width = detections.image_size
-    step = max(1, PASTE_BYTES // (height * width))
-    encoded = []
-    for start in range(0, len(detections), step):
-        columns = detections[start : start + step].masks().mT.contiguous()  # [n, W, H]: runs go down the columns
-        encoded += coco_mask.encode(columns.view(torch.uint8).cpu().numpy().T)  # [H, W, n] in Fortran's order
-    return [{"size": rle["size"], "counts": rle["counts"].decode("ascii")} for rle in encoded]
 
 
 def average_precision(

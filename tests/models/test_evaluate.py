@@ -19,7 +19,8 @@ from models.config import DataConfig, KeypointHeadConfig, ModelConfig
 from models.data.coco import CocoDataset
 from models.data.problems import DataError
 from models.distributed import process_group
-from models.evaluate import EvaluateConfig, coco_results, encode_masks, evaluate, main, table
+from models.evaluate import EvaluateConfig, coco_results, evaluate, main, table
+from models.rle import PASTE_BYTES, encode_masks
 from models.structures import Category, Detections
 
 pytestmark = pytest.mark.reference_only
@@ -278,9 +279,9 @@ def test_masks_are_pasted_in_slices_and_encoded_as_pycocotools_does(monkeypatch)
     expected = [coco_mask.encode(mask.byte().numpy().copy(order="F")) for mask in detections.masks()]
     pasted, paste = [], Detections.masks
     monkeypatch.setattr(Detections, "masks", lambda self: pasted.append(len(self)) or paste(self))
-    for limit, slices in ((module.PASTE_BYTES, [23]), (8 * 47 * 61, [8, 8, 7]), (1, [1] * 23)):
+    for limit, slices in ((PASTE_BYTES, [23]), (8 * 47 * 61, [8, 8, 7]), (1, [1] * 23)):
         pasted.clear()
-        monkeypatch.setattr(module, "PASTE_BYTES", limit)
+        monkeypatch.setattr("models.rle.PASTE_BYTES", limit)
         encoded = encode_masks(detections)
         assert pasted == slices
         assert [rle["counts"].encode() for rle in encoded] == [rle["counts"] for rle in expected]
