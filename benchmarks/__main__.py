@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import compare, report
-from benchmarks.results import FOLDER, slug
+from benchmarks.results import FOLDER, load, slug
 
 SECTIONS = sorted(path.stem.removeprefix("bench_") for path in Path(__file__).parent.glob("bench_*.py"))
 
@@ -54,6 +54,12 @@ def run(arguments: argparse.Namespace) -> int:
     """Everything in the sections, or what is left of them, through pytest."""
     device = torch.cuda.get_device_name() if torch.device(arguments.device).type == "cuda" else arguments.device
     path = arguments.results or FOLDER / f"{slug(device)}{'-quick' * arguments.quick}.json"
+    if path.exists():
+        try:
+            load(path)  # what is in it stays, but for the sections that run
+        except ValueError as error:
+            print(error, file=sys.stderr)
+            return 2
     files = [str(Path(__file__).with_name(f"bench_{section}.py")) for section in arguments.only or SECTIONS]
     options = [f"--device={arguments.device}", f"--threads={arguments.threads}", f"--results={path}"]
     options += ["--quick"] * arguments.quick

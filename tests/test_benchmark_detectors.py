@@ -36,7 +36,7 @@ def test_equals_may_change_places():
     [
         lambda f: {"boxes": f.boxes + 6},
         lambda f: {"labels": f.labels.flip(0) + 1},
-        lambda f: {"scores": 0.8 * f.scores},
+        lambda f: {"scores": 0.6 * f.scores},
         lambda f: {"scores": f.scores * torch.nan},
         lambda f: {"masks": f.masks.flip(0)},
         lambda f: {"keypoints": f.keypoints + 10},
