@@ -59,9 +59,12 @@ def race_on_map(
 
 
 def _roi_pool(feature: Tensor, rows: Tensor, dtype: str) -> dict[str, Pool]:
+    def theirs() -> Tensor:  # autocast's casts by hand: on a CPU it does not know the operator
+        return torchvision.ops.roi_pool(feature.float(), rows, BINS, SCALE).to(feature.dtype)
+
     pools: dict[str, Pool] = {
         OURS: lambda: fastmask.roi_pool(feature, rows, BINS, SCALE),
-        torchvision_in(dtype): lambda: torchvision.ops.roi_pool(feature, rows, BINS, SCALE),
+        torchvision_in(dtype): theirs,
     }
     if importlib.util.find_spec("mmcv"):
         from mmcv.ops import roi_pool
