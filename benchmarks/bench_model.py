@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import detectors, stages
 from benchmarks.harness import Race
 from benchmarks.machine import Call
-from benchmarks.results import OURS
+from benchmarks.results import OURS, TORCHVISION
 from models import images as pictures
 from models.mask_rcnn import MaskRCNN
 
@@ -63,7 +63,7 @@ def race_detectors(race: Race, name: str, preset: str, images: Sequence[Tensor],
         places = dict.fromkeys(calls, stages.of_torchvisions(theirs))
     else:
         model = detectors.ours_alone(preset, size)
-        missing["torchvision"] = "has no C4 detector"
+        missing |= dict.fromkeys(TORCHVISION, "has no C4 detector")
     work = work_of(model, images, race.main_dtype)
     calls[OURS] = partial(detectors.detect, model.to(race.device), images)
     calls[f"{OURS} bf16"] = in_bfloat16(calls[OURS], race.device)
@@ -74,7 +74,7 @@ def race_detectors(race: Race, name: str, preset: str, images: Sequence[Tensor],
             with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
                 assert detectors.same(calls[OURS](), calls["torchvision"]()), f"{name}: not the same in float32"
     else:
-        missing |= dict.fromkeys(GPU_ONLY, "timed on a GPU only")
+        missing = dict.fromkeys(GPU_ONLY, "timed on a GPU only") | missing
         calls = {provider: call for provider, call in calls.items() if provider not in GPU_ONLY}
     race(
         name,

@@ -22,6 +22,7 @@ from torchvision.ops import FrozenBatchNorm2d, box_iou
 from torchvision.transforms.v2 import functional
 
 from benchmarks.workloads import generator
+from fastmask import boxes as box_ops
 from models.config import ModelConfig
 from models.mask_rcnn import MaskRCNN
 from models.presets import PRESETS
@@ -68,12 +69,12 @@ class Agreement:
     share: float  # of them that need a partner of their label, and of partners that have to agree
     iou: float  # of the partners' boxes
     score: float  # relative difference, rank by rank
-    masks: float  # pixels that differ, over those in either mask
+    masks: float  # pixels that differ, over the box's area
     keypoints: float  # pixels along an axis
 
 
-EXACT = Agreement(best=1.0, share=0.98, iou=0.999, score=1e-3, masks=0.02, keypoints=0.02)
-ROUNDED = Agreement(best=0.5, share=0.5, iou=0.7, score=0.3, masks=0.5, keypoints=8.0)
+EXACT = Agreement(best=1.0, share=0.98, iou=0.999, score=1e-3, masks=0.01, keypoints=0.02)
+ROUNDED = Agreement(best=0.5, share=0.5, iou=0.7, score=0.3, masks=0.35, keypoints=8.0)
 
 
 class GraphedMaskRCNN(MaskRCNN):
@@ -270,9 +271,8 @@ def _same(a: Found, b: Found, limit: Agreement) -> bool:
     agrees = len(rows) >= limit.share * len(overlap)
     agrees &= bool(((a.scores - b.scores).abs() <= limit.score * a.scores).all())
     if a.masks is not None:
-        masks, others = _pixels(a.masks)[rows].flatten(1), _pixels(b.masks)[index].flatten(1)
-        differ = (masks != others).sum(1) / (masks | others).sum(1).clamp(min=1)
-        agrees &= bool((differ <= limit.masks).float().mean() >= limit.share)
+        differ = (_pixels(a.masks)[rows] != _pixels(b.masks)[index]).sum((1, 2))
+        agrees &= bool((differ <= limit.masks * box_ops.area(a.boxes[rows])).float().mean() >= limit.share)
     if a.keypoints is not None:
         distance = (a.keypoints[rows] - b.keypoints[index]).abs().amax(-1)
         agrees &= bool((distance <= limit.keypoints).float().mean() >= limit.share)

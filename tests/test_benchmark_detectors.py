@@ -8,7 +8,7 @@ import torch
 from benchmarks import detectors
 from benchmarks.detectors import Found, same
 
-pytestmark = pytest.mark.reference_only
+pytestmark = [pytest.mark.reference_only, pytest.mark.unpoisoned]
 
 
 def found(exact=True):
