@@ -30,8 +30,8 @@ lint: .venv/installed
 # GPU and asks for more packages than that. ONLY="nms model" goes on with those sections of the benchmarks.
 gpu-check:
 	$(if $(ONLY),,PYTHONPATH=. $(PYTHON) -m pytest tests --ignore tests/models -k "cuda or gpu" -rs)
-	PYTHONPATH=. $(PYTHON) -m benchmarks run --device cuda $(ONLY:%=--only %)
-	PYTHONPATH=. $(PYTHON) -m benchmarks report
+	export PYTHONPATH=.; $(PYTHON) -m benchmarks run --device cuda $(ONLY:%=--only %); failed=$$?; \
+		$(PYTHON) -m benchmarks report --no-compile && exit $$failed
 
 clean:
 	rm -rf .venv dist

@@ -4,55 +4,35 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 
 from benchmarks import compare, report
 from benchmarks.results import FOLDER, load, slug
 
-SECTIONS = sorted(path.stem.removeprefix("bench_") for path in Path(__file__).parent.glob("bench_*.py"))
-
-
-class Progress:
-    """A pytest plugin: a bar instead of the terminal's report, with failures written above it."""
-
-    def pytest_collection_finish(self, session: pytest.Session) -> None:
-        from tqdm import tqdm
-
-        self.bar = tqdm(total=len(session.items), unit="case")
-
-    def pytest_runtest_logstart(self, nodeid: str) -> None:
-        self.bar.set_description_str(nodeid.rpartition("bench_")[2])
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.failed:
-            self.bar.write(f"{report.nodeid}, {report.when}\n{report.longreprtext}")
-        if report.when == "teardown":
-            self.bar.update()
-
-    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-        if report.failed:
-            print(report.longreprtext, file=sys.stderr)
-
-    def pytest_unconfigure(self) -> None:
-        if hasattr(self, "bar"):
-            self.bar.close()
+ROOT = Path(__file__).parents[1]
+WHOLE = ("model", "training")  # after the operators that they are made of
+SECTIONS = sorted(
+    (path.stem.removeprefix("bench_") for path in ROOT.glob("benchmarks/bench_*.py")),
+    key=lambda section: (section in WHOLE, section),
+)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="few small cases, to see that everything runs")
     parser.add_argument("--only", action="append", choices=SECTIONS, help="this section; may be repeated")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=2, help="of the CPU")
+    parser.add_argument("--threads", type=int, help="of the CPU; default: 2 to measure it, all beside a GPU")
     parser.add_argument("--results", type=Path, help="default: benchmarks/results/<device>.json, quick: -quick.json")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Everything in the sections, or what is left of them, through pytest."""
-    device = torch.cuda.get_device_name() if torch.device(arguments.device).type == "cuda" else arguments.device
+    """Each section in a process of its own: what breaks one breaks no other. 1 if a case failed."""
+    on_gpu = torch.device(arguments.device).type != "cpu"
+    device = torch.cuda.get_device_name() if on_gpu else "cpu"
     path = arguments.results or FOLDER / f"{slug(device)}{'-quick' * arguments.quick}.json"
     if path.exists():
         try:
@@ -60,15 +40,20 @@ def run(arguments: argparse.Namespace) -> int:
         except ValueError as error:
             print(error, file=sys.stderr)
             return 2
-    files = [str(Path(__file__).with_name(f"bench_{section}.py")) for section in arguments.only or SECTIONS]
-    options = [f"--device={arguments.device}", f"--threads={arguments.threads}", f"--results={path}"]
-    options += ["--quick"] * arguments.quick
+    options = [f"--device={arguments.device}", f"--results={path.resolve()}", *["--quick"] * arguments.quick]
+    if threads := arguments.threads or (None if on_gpu else 2):
+        options.append(f"--threads={threads}")
     if importlib.util.find_spec("tqdm"):
-        code = pytest.main([*files, *options, "-p", "no:terminal"], [Progress()])
-    else:
-        code = pytest.main([*files, *options])
+        options += ["-p", "no:terminal", "-p", "benchmarks.progress"]
+    failed = []
+    for section in arguments.only or SECTIONS:
+        command = [sys.executable, "-m", "pytest", f"benchmarks/bench_{section}.py", *options]
+        if subprocess.run(command, cwd=ROOT, check=False).returncode:
+            failed.append(section)
     print(f"{path}: `python -m benchmarks report {path}` makes tables and plots of it")
-    return int(code)
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return int(bool(failed))
 
 
 def main() -> int:

@@ -6,8 +6,6 @@ neighbours of each pixel inside a box.
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,7 +14,7 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 import fastmask
 from benchmarks.harness import Race, parameters
-from benchmarks.machine import Call
+from benchmarks.machine import Call, peer
 from benchmarks.pooling import DTYPES
 from benchmarks.results import OURS
 from benchmarks.workloads import generator, objects, one_spot, sized
@@ -62,10 +60,8 @@ def race_aligned(race: Race, name: str, boxes: Tensor, image: tuple[int, int] = 
         OURS: lambda: fastmask.paste_masks(masks, boxes, image),
         "grid_sample": grid_sample,
     }
-    if importlib.util.find_spec("detectron2"):
-        from detectron2.layers.mask_ops import paste_masks_in_image as paste
-
-        providers["detectron2"] = lambda: paste(masks, boxes, image)
+    if mask_ops := peer("detectron2.layers.mask_ops"):
+        providers["detectron2"] = lambda: mask_ops.paste_masks_in_image(masks, boxes, image)
     _race(race, name, providers, masks, boxes, image)
 
 

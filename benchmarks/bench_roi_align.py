@@ -7,7 +7,6 @@ multiply-add for each of the four neighbours of K * C * (P * S)^2 samples.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,7 +17,8 @@ from torch import Tensor
 
 import fastmask
 from benchmarks.harness import Race, close, parameters
-from benchmarks.pooling import CAPTURED, DIRECTIONS, DTYPES, LAYOUTS, TOLERANCE, Pool, passes, torchvision_in
+from benchmarks.machine import PEERS, peer
+from benchmarks.pooling import CAPTURED, DIRECTIONS, DTYPES, LAYOUTS, TOLERANCE, Pool, passes, rate_of, torchvision_in
 from benchmarks.results import OURS
 from benchmarks.workloads import C4, IMAGE, STRIDES, c4_map, covered, objects, one_spot, pyramid, sized
 from fastmask.kernels.roi_align_reference import roi_align_reference
@@ -74,12 +74,9 @@ def race_on_pyramid(
         OURS: lambda: ours(named, boxes, images),
         torchvision_in(dtype): lambda: theirs(named, boxes, images),
     }
-    if importlib.util.find_spec("detectron2"):
-        from detectron2.modeling.poolers import ROIPooler
-        from detectron2.structures import Boxes
-
-        pooler = ROIPooler(bins, SCALES, SAMPLES, "ROIAlign")
-        wrapped = [Boxes(box) for box in boxes]
+    if (poolers := peer("detectron2.modeling.poolers")) and (structures := peer("detectron2.structures")):
+        pooler = poolers.ROIPooler(bins, SCALES, SAMPLES, "ROIAlign")
+        wrapped = [structures.Boxes(box) for box in boxes]
         pools["detectron2"] = lambda: pooler(maps, wrapped)
     if compiled:
         rows = torch.nn.functional.pad(boxes[0], (1, 0))
@@ -109,7 +106,7 @@ def _race(
     bytes = {"forward": read, "backward": written, "forward + backward": read + others + written}[direction] + others
     flops = outputs * SAMPLES**2 * 4 * 2 * (1 + ("+" in direction))
     calls = passes(direction, pools, maps)
-    options |= {"bytes": bytes, "flops": flops, "capture": direction in CAPTURED}
+    options |= {"bytes": bytes, "flops": flops, "rate": rate_of(dtype), "capture": direction in CAPTURED}
     race(f"{direction}, {name}", calls, close(TOLERANCE[dtype]), **options)
 
 
@@ -154,15 +151,11 @@ def bench_one_map(race, direction):
         OURS: lambda: fastmask.roi_align(feature, rows, bins, scale, SAMPLES),
         torchvision_in(race.main_dtype): lambda: torchvision.ops.roi_align(feature, rows, bins, scale, SAMPLES),
     }
-    if importlib.util.find_spec("detectron2"):
-        from detectron2.layers import ROIAlign
-
-        layer = ROIAlign((bins, bins), scale, SAMPLES, aligned=False)
+    if detectron2 := peer(PEERS["detectron2"]):
+        layer = detectron2.ROIAlign((bins, bins), scale, SAMPLES, aligned=False)
         pools["detectron2"] = lambda: layer(feature, rows)
-    if importlib.util.find_spec("mmcv"):
-        from mmcv.ops import roi_align
-
-        pools["mmcv"] = lambda: roi_align(feature, rows, bins, scale, SAMPLES, "avg", False)
+    if mmcv := peer(PEERS["mmcv"]):
+        pools["mmcv"] = lambda: mmcv.roi_align(feature, rows, bins, scale, SAMPLES, "avg", False)
     name = f"300 RoIs 14x14 on a C4, {race.main_dtype}, channels_last"
     _race(race, direction, name, pools, [feature], [box], bins, [C4.stride], race.main_dtype)
 

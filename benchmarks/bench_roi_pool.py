@@ -7,8 +7,6 @@ comparison for each pixel of each RoI, and an addition for each output in its ba
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 import torch
 import torchvision
@@ -16,7 +14,8 @@ from torch import Tensor
 
 import fastmask
 from benchmarks.harness import Race, close, parameters
-from benchmarks.pooling import CAPTURED, DIRECTIONS, DTYPES, LAYOUTS, TOLERANCE, Pool, passes, torchvision_in
+from benchmarks.machine import PEERS, peer
+from benchmarks.pooling import CAPTURED, DIRECTIONS, DTYPES, LAYOUTS, TOLERANCE, Pool, passes, rate_of, torchvision_in
 from benchmarks.results import OURS
 from benchmarks.workloads import C4, c4_map, covered, objects, one_spot, sized
 
@@ -53,6 +52,7 @@ def race_on_map(
         close(TOLERANCE[dtype]),
         bytes=others + (read if direction == "forward" else feature.nbytes),
         flops=flops[operator],
+        rate=rate_of(dtype),
         capture=direction in CAPTURED,
         **options,
     )
@@ -66,10 +66,8 @@ def _roi_pool(feature: Tensor, rows: Tensor, dtype: str) -> dict[str, Pool]:
         OURS: lambda: fastmask.roi_pool(feature, rows, BINS, SCALE),
         torchvision_in(dtype): theirs,
     }
-    if importlib.util.find_spec("mmcv"):
-        from mmcv.ops import roi_pool
-
-        pools["mmcv"] = lambda: roi_pool(feature, rows, BINS, SCALE)
+    if mmcv := peer(PEERS["mmcv"]):
+        pools["mmcv"] = lambda: mmcv.roi_pool(feature, rows, BINS, SCALE)
     return pools
 
 

@@ -2,7 +2,8 @@
 
 On one GPU its times are compared. CPUs, and different devices, are compared by how many times as long as torchvision
 ours took in the same run; where torchvision could not run, by time after all, unless the devices differ. A change
-counts if the ranges from p20 to p80 are apart: of a ratio, from ours at p20 over theirs at p80 to the reverse.
+counts if the ranges from p20 to p80, of three rounds or more, are apart: of a ratio, from ours at p20 over theirs at
+p80 to the reverse.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from pathlib import Path
 
 from benchmarks.results import Case, Results, Section, Spread, is_ours, load
 
+ROUNDS = 3  # fewer say nothing of the noise
+
 
 @dataclass(frozen=True)
 class Change:
@@ -24,6 +27,7 @@ class Change:
     unit: str
     before: Spread
     after: Spread
+    rounds: int  # the fewer of both
 
     @property
     def slowdown(self) -> float:
@@ -32,7 +36,8 @@ class Change:
 
     @property
     def beyond_noise(self) -> bool:
-        return self.after.p20 > self.before.p80 or self.after.p80 < self.before.p20
+        apart = self.after.p20 > self.before.p80 or self.after.p80 < self.before.p20
+        return apart and self.rounds >= ROUNDS
 
     def __str__(self) -> str:
         how = f"{self.slowdown:.2f} times the time" if self.slowdown > 1 else f"{1 / self.slowdown:.2f} times as fast"
@@ -58,10 +63,11 @@ def _of_case(section: str, old: Case, new: Case, before: Section, after: Section
         name = f"{section}: {old.name}, {provider}"
         if not is_ours(provider):
             continue
+        rounds = min(old.timings[provider].rounds, new.timings[provider].rounds)
         if not same_gpu(before, after) and old.peer() and new.peer():
-            yield Change(name, "of torchvision's time", _relative(old, provider), _relative(new, provider))
+            yield Change(name, "of torchvision's time", _relative(old, provider), _relative(new, provider), rounds)
         elif before.run.device == after.run.device:
-            yield Change(name, "ms", old.timings[provider].time, new.timings[provider].time)
+            yield Change(name, "ms", old.timings[provider].time, new.timings[provider].time, rounds)
 
 
 def _relative(case: Case, provider: str) -> Spread:

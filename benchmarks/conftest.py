@@ -14,7 +14,7 @@ from benchmarks.results import Case, Section
 def pytest_addoption(parser):
     group = parser.getgroup("fastmask", "fastmask's benchmarks")
     group.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    group.addoption("--threads", type=int, default=2, help="of the CPU")
+    group.addoption("--threads", type=int, help="of the CPU; default: as many as PyTorch likes")
     group.addoption("--quick", action="store_true", help="few small cases, few rounds: that everything runs")
     group.addoption("--results", type=Path, help="JSON in which to replace the sections that run")
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import platform
 import statistics
+import subprocess
 import time
 import warnings
 from collections.abc import Callable
 from datetime import UTC, datetime
-from importlib import metadata
+from importlib import import_module, metadata
+from pathlib import Path
+from types import ModuleType
 
 import torch
 from pytest_benchmark.utils import get_commit_info
@@ -20,9 +22,18 @@ from benchmarks.results import Run, Spread, Timing
 
 Call = Callable[[], object]
 
-PEERS = ("detectron2", "mmcv")  # timed where they can be imported
+PEERS = {"detectron2": "detectron2.layers", "mmcv": "mmcv.ops"}  # timed where these modules can be imported
 QUANTILES = [0.2, 0.5, 0.8]
-DEVICE_MS = 20  # of warm-up and of timing, for each figure by device events
+DEVICE_MS = 20  # of calls, for each figure by device events
+AHEAD = 1_000_000  # cycles for which the device sleeps, some half a millisecond, while the host enqueues a call
+
+
+def peer(module: str) -> ModuleType | None:
+    """Somebody else's module, or None where it cannot be imported."""
+    try:
+        return import_module(module)
+    except ImportError:
+        return None
 
 
 def spread(milliseconds: list[float]) -> Spread:
@@ -35,10 +46,11 @@ def spread(milliseconds: list[float]) -> Spread:
 class Machine:
     """The device that is measured, and its two limits, taken once in a run."""
 
-    def __init__(self, device: str, threads: int) -> None:
+    def __init__(self, device: str, threads: int | None = None) -> None:
         self.device = device
         self.on_gpu = torch.device(device).type != "cpu"
-        torch.set_num_threads(threads)
+        if threads:
+            torch.set_num_threads(threads)
         self.copy_gb_s = self._copy_rate()
         self.matrix_tflop_s = {
             str(dtype).removeprefix("torch."): self._matrix_rate(dtype)
@@ -59,28 +71,28 @@ class Machine:
         return (time.perf_counter() - start) * 1e3
 
     def floor_ms(self, bytes: int, flops: int, dtype: str) -> float:
-        """What no program can beat: memory at the speed of a copy, arithmetic at that of a matrix product."""
+        """So many bytes at the speed of a copy, or so many operations at that of a matrix product."""
         return max(bytes / self.copy_gb_s / 1e6, flops / self.matrix_tflop_s[dtype] / 1e9)
 
     def run(self, *, quick: bool) -> Run:
         """What a section says of where it was measured."""
-        commit = get_commit_info()
-        names = ["torch", "torchvision", "triton", "numpy", *PEERS]
+        peers = {name: peer(module) for name, module in PEERS.items()}
         return Run(
             date=datetime.now(UTC).isoformat(timespec="seconds"),
-            commit=commit["id"] + "-dirty" * commit["dirty"],
+            commit=get_commit_info()["id"] + "-dirty" * _changed(),
             device=torch.cuda.get_device_name() if self.on_gpu else "cpu",
             driver=_driver() if self.on_gpu else None,
             threads=torch.get_num_threads(),
             versions={
                 "python": platform.python_version(),
                 "fastmask": fastmask.__version__,
-                **{name: metadata.version(name) for name in names if importlib.util.find_spec(name)},
+                **{name: metadata.version(name) for name in ("torch", "torchvision", "triton", "numpy")},
+                **{name: str(import_module(name).__version__) for name, found in peers.items() if found},
             },
             copy_gb_s=self.copy_gb_s,
             matrix_tflop_s=self.matrix_tflop_s,
             quick=quick,
-            unavailable={name: "not installed" for name in PEERS if importlib.util.find_spec(name) is None},
+            unavailable={name: "cannot be imported" for name, found in peers.items() if not found},
         )
 
     def time(self, call: Call, latencies: list[float], *, events: bool, capture: bool) -> Timing:
@@ -91,9 +103,10 @@ class Machine:
         waits, peak_mib = _waits_and_peak(call)
         cold = warm = graph = None
         if events:
-            cold = Spread(*testing.do_bench(call, DEVICE_MS, DEVICE_MS, quantiles=QUANTILES))
-            warm = _warm(call, rounds=max(3, min(50, int(DEVICE_MS / latency.median))))
-            graph = _graph(call) if capture and not waits else None
+            rounds = max(5, min(50, int(DEVICE_MS / latency.median)))
+            cold, warm = _by_events(call, rounds, cold=True), _by_events(call, rounds, cold=False)
+            if capture and not waits:  # many calls in one graph
+                graph = Spread(*testing.do_bench_cudagraph(call, rep=DEVICE_MS // 4, quantiles=QUANTILES))
         return Timing(latency, len(latencies), cold, warm, graph, waits, peak_mib)
 
     def _copy_rate(self) -> float:
@@ -117,6 +130,15 @@ class Machine:
         return best
 
 
+def _changed() -> bool:
+    """Whether the work tree differs from its commit; the results themselves do not count."""
+    command = ["git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results"]
+    try:
+        return bool(subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, check=False).stdout)
+    except FileNotFoundError:  # no git, and so no commit
+        return False
+
+
 def _driver() -> str | None:
     """The version of NVIDIA's kernel driver; others have none of their own."""
     path = "/proc/driver/nvidia/version"
@@ -128,24 +150,20 @@ def _driver() -> str | None:
     return next((word for word in words if word[0].isdigit()), None)
 
 
-def _warm(call: Call, rounds: int) -> Spread:
-    """Back to back: L2 holds what it can of the call before, and the host may be what limits."""
+def _by_events(call: Call, rounds: int, *, cold: bool) -> Spread:
+    """Milliseconds of the device, which first sleeps so that launches are not what is waited for."""
+    junk = torch.empty(4 * torch.cuda.get_device_properties().L2_cache_size, dtype=torch.uint8, device="cuda")
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds)]
     call()
     for start, end in events:
+        if cold:
+            junk.zero_()
+        torch.cuda._sleep(AHEAD)
         start.record()
         call()
         end.record()
     torch.cuda.synchronize()
     return spread([start.elapsed_time(end) for start, end in events])
-
-
-def _graph(call: Call) -> Spread | None:
-    """Many calls in one CUDA graph: no launches to wait for, L2 warm."""
-    try:
-        return Spread(*testing.do_bench_cudagraph(call, rep=DEVICE_MS // 4, quantiles=QUANTILES))
-    except RuntimeError:  # what is not allowed in a capture, each operator's implementation decides
-        return None
 
 
 def _waits_and_peak(call: Call) -> tuple[int, float]:

@@ -294,7 +294,7 @@ def _waterfall_order(case: Case) -> list[str]:
 
 
 def _bar(axes: Axes, row: float, total: float, stages: dict[str, float], palette: dict[str, str]) -> None:
-    """Stages are timed one by one, with a wait after each: their shares count, the total is that of the whole."""
+    """Stages are timed in calls of their own: their shares count, the total is that of the rounds."""
     if not stages:
         axes.barh(row, total, 0.75, color="#dddddd", label=UNKNOWN)
         return

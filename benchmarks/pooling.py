@@ -24,6 +24,11 @@ def torchvision_in(dtype: str) -> str:
     return "torchvision" if dtype == "float32" else "torchvision autocast"
 
 
+def rate_of(dtype: str) -> str:
+    """The matrix product whose rate bounds the arithmetic: CPUs may have none that is fast in float16."""
+    return "float32" if dtype == "float32" else "bfloat16"
+
+
 def passes(direction: str, pools: Mapping[str, Pool], maps: Sequence[Tensor]) -> dict[str, Call]:
     """The calls to time.
 
@@ -43,16 +48,18 @@ def passes(direction: str, pools: Mapping[str, Pool], maps: Sequence[Tensor]) ->
         return torch.empty_like(out).copy_(torch.randn(out.shape, generator=generator(1)))
 
     def backward(pool: Pool) -> Call:
-        first: list[Tensor] = []  # the output and its gradient, made when a provider is tried
+        graph: list[Tensor] = []  # an output and its gradient, made when a provider is tried
 
         def run() -> tuple[Tensor, ...]:
-            if not first:
-                out = forward(pool)
-                first.extend([out, gradient(out)])
-            out, grad = first
             if direction == "backward":
-                return torch.autograd.grad(out, maps, grad, retain_graph=True)
-            return torch.autograd.grad(forward(pool), maps, grad)
+                if not graph:
+                    out = forward(pool)
+                    graph.extend([out, gradient(out)])
+                return torch.autograd.grad(graph[0], maps, graph[1], retain_graph=True)
+            out = forward(pool)
+            if not graph:
+                graph.append(gradient(out))
+            return torch.autograd.grad(out, maps, graph[0])
 
         return run
 

@@ -20,8 +20,8 @@ from benchmarks.tables import end_to_end, is_end_to_end, met, missing, number, o
 README = Path(__file__).parents[1] / "README.md"
 
 
-def document(file: str, results: Results, *, drawn: bool = True) -> str:
-    """The whole report of `file`, with its plots if they were drawn."""
+def document(file: str, results: Results) -> str:
+    """The whole report of `file`, with its plots."""
     runs = [section.run for section in results.values()]
     devices = ", ".join(dict.fromkeys(run.device for run in runs))
     parts = [
@@ -32,13 +32,10 @@ def document(file: str, results: Results, *, drawn: bool = True) -> str:
     ]
     if any(run.quick for run in runs):
         parts.append("**A quick run: few cases and few rounds. It shows that everything works, not how fast it is.**")
-    if not drawn:
-        parts.append("matplotlib is missing: no plots.")
     parts += [provenance(results), summary(results)]
     for name, section in sorted(results.items(), key=lambda item: not is_end_to_end(item[1])):
         parts.append(f"## {name}")
-        if drawn:
-            parts += [f"![{Path(plot).stem.replace('_', ' ')}]({plot})" for plot in plots.planned(name, section)]
+        parts += [f"![{Path(plot).stem.replace('_', ' ')}]({plot})" for plot in plots.planned(name, section)]
         parts += end_to_end(name, section) if is_end_to_end(section) else operator(section)
         parts.append(missing(section))
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -50,7 +47,7 @@ def provenance(results: Results) -> str:
         {
             "section": name,
             "measured, UTC": run.date[:16].replace("T", " "),
-            "commit": f"`{run.commit[:10]}{'-dirty' * run.commit.endswith('-dirty')}`",
+            "commit": f"`{run.commit[:10]}{'-dirty' * run.commit.endswith('-dirty')}`" if run.versioned else "unknown",
             "copy, GB/s": number(run.copy_gb_s),
             **{f"{dtype} product, TFLOP/s": number(rate) for dtype, rate in run.matrix_tflop_s.items()},
         }
@@ -99,7 +96,7 @@ def summary(results: Results) -> str:
 
 
 def readme_table(file: str, results: Results) -> str:
-    """The cases that have a target, and every other of the paper's that is slower than torchvision."""
+    """The cases that have a target, and every other that torchvision runs faster."""
     compared = [(name, case) for name, section in results.items() for case in section.cases if case.ratio()]
     rows = [
         {
@@ -110,12 +107,12 @@ def readme_table(file: str, results: Results) -> str:
             " ": ("met" if met(case) else "missed") if case.target else "slower",
         }
         for name, case in compared
-        if case.target or (case.kind == "paper" and case.ratio() < 1)
+        if case.target or case.ratio() < 1
     ]
     faster = sum(case.ratio() >= 1 for _, case in compared)
     report = f"benchmarks/results/{Path(file).stem}/report.md"
     total = f"Of all {len(compared)} cases {faster} are as fast as torchvision or faster: [{report}]({report})."
-    return f"{table(rows)}\n\n{total}"
+    return "\n\n".join(filter(None, [table(rows), total]))
 
 
 def shown(readme: str) -> list[str]:
@@ -134,10 +131,9 @@ def write(path: Path) -> list[Path]:
     results = load(path)
     folder = path.with_suffix("")
     folder.mkdir(exist_ok=True)
-    drawn = importlib.util.find_spec("matplotlib") is not None
     written = [folder / "report.md"]
-    written[0].write_text(document(path.name, results, drawn=drawn))
-    if drawn:
+    written[0].write_text(document(path.name, results))
+    if importlib.util.find_spec("matplotlib"):
         for name, section in results.items():
             for plot, draw in plots.planned(name, section).items():
                 plots.save(draw, folder / plot)
@@ -179,5 +175,5 @@ def main(arguments: argparse.Namespace) -> int:
         print(error, file=sys.stderr)
         return 2
     if importlib.util.find_spec("matplotlib") is None:
-        print("matplotlib is missing: no plots", file=sys.stderr)
+        print("matplotlib is missing: no plots were drawn", file=sys.stderr)
     return write_compile_report() if arguments.compile else 0

@@ -104,6 +104,11 @@ class Run:
     def on_gpu(self) -> bool:
         return self.device != "cpu"
 
+    @property
+    def versioned(self) -> bool:
+        """Whether it was measured in a checkout; what is copied without its history has no commit."""
+        return self.commit[0] in "0123456789abcdef"
+
 
 @dataclass(frozen=True)
 class Section:

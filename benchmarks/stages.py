@@ -80,7 +80,7 @@ class Stopwatch:
 
 def measure(call: Callable[[], object], places: Sequence[Place], device: str) -> dict[str, float]:
     """Milliseconds of each stage, as medians over a few calls on a GPU, of one on a CPU."""
-    runs = [_measure(call, places, device) for _ in range(1 if device == "cpu" else 5)]
+    runs = [_measure(call, places, device) for _ in range(1 if device == "cpu" else 3)]
     return {stage: statistics.median(run[stage] for run in runs) for stage in runs[0]}
 
 

@@ -22,6 +22,8 @@ def number(value: float) -> str:
 
 def table(rows: Sequence[Row]) -> str:
     """Markdown, without the columns in which nobody has anything to say."""
+    if not rows:
+        return ""
     cells = {column: [row.get(column, "") for row in rows] for row in rows for column in row}
     cells = {column: entries for column, entries in cells.items() if any(entries)}
     _first, *others = cells.values()
@@ -67,7 +69,7 @@ def operator(section: Section) -> list[str]:
 
 def _against_peers(case: Case, peers: Sequence[str], on_gpu: bool) -> Row:
     ours, times_as_fast = case.timings.get(OURS), ratios(case)
-    row = {"case": case.name, "kind": case.kind}
+    row = {"case": case.name, "kind": case.kind, "rounds": str(ours.rounds) if ours else ""}
     if on_gpu and ours:
         row[OURS] = _microseconds(ours.time)
     for peer in peers:
@@ -133,7 +135,11 @@ def end_to_end(name: str, section: Section) -> list[str]:
             "case": case.name,
             "provider": provider,
             **(_a_batch(case, timing) if on_gpu else {}),
-            "times as fast as torchvision": _emphasised(case.ratio(provider)) if case.peer() else "",
+            **{
+                f"times as fast as {peer}": _emphasised(case.timings[peer].time.median / timing.time.median)
+                for peer in TORCHVISION
+                if peer in case.timings and peer != provider
+            },
             "target": _target(case) if provider == OURS else "",
         }
         for case in section.cases
@@ -152,7 +158,7 @@ def end_to_end(name: str, section: Section) -> list[str]:
     parts = [table(steps)]
     if stages:
         unit = "milliseconds and the share of their sum" if on_gpu else "the share of their sum"
-        parts += [f"Stages, timed one by one: {unit}.", table(stages)]
+        parts += [f"Stages, in calls of their own: {unit}.", table(stages)]
     if on_gpu and (published := {"model": _published_inference, "training": _published_training}.get(name)):
         parts += ["Published, on other machines and with other software:", table(published(section.cases))]
     return parts

@@ -57,7 +57,7 @@ def test_rounding_is_forgiven_where_it_happens():
 
 
 def test_torchvision_and_ours_find_the_same():
-    size = (64, 64)
+    size = (320, 320)
     theirs = detectors.torchvisions("R-18-FPN", size)
     images = [detectors.picture(*size)]
     expected = detectors.detect(detectors.ours(theirs), images)
