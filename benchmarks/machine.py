@@ -131,8 +131,8 @@ class Machine:
 
 
 def _changed() -> bool:
-    """Whether the work tree differs from its commit; the results themselves do not count."""
-    command = ["git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results"]
+    """Whether the code that runs differs from its commit."""
+    command = ["git", "status", "--porcelain", "--", "fastmask", "models", "benchmarks", ":!benchmarks/results"]
     try:
         return bool(subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, check=False).stdout)
     except FileNotFoundError:  # no git, and so no commit

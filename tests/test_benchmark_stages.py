@@ -83,7 +83,7 @@ def test_a_stage_that_fails_is_left(clock):
 
 
 def test_both_detectors_pass_through_the_same_stages():
-    size = (64, 64)
+    size = (320, 320)
     theirs = detectors.torchvisions("R-18-FPN", size)
     ours, images = detectors.ours(theirs), [detectors.picture(*size)]
     spent = measure(lambda: detectors.detect(ours, images), stages.of_ours(ours), "cpu")
