@@ -37,18 +37,12 @@ def machine(request):
     return Machine(request.config.option.device, request.config.option.threads)
 
 
-@pytest.fixture(scope="session")
-def run(request, machine):
-    """Taken once: the results file itself is a change to the work tree."""
-    return machine.run(quick=request.config.option.quick)
-
-
 @pytest.fixture(scope="module")
-def record(request, run):
+def record(request, machine):
     """Takes a case of this section; the file is written after each, so a run that is cut off has its share."""
     option = request.config.option
     name = request.module.__name__.rpartition("bench_")[2]
-    section = Section(run, [])
+    section = Section(machine.run(quick=option.quick), [])
 
     def done(case: Case) -> None:
         assert case.name not in [other.name for other in section.cases]  # `compare` finds cases by their names

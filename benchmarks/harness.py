@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
-from _pytest.mark import ParameterSet
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.machine import Call, Machine
@@ -25,7 +24,7 @@ MOST = 50  # rounds
 DISAGREES = "its result is not ours"
 
 
-def parameters(rows: Iterable[tuple], quick: Callable[..., bool]) -> list[ParameterSet]:
+def parameters(rows: Iterable[tuple], quick: Callable[..., bool]) -> list[Any]:
     """Rows of `pytest.mark.parametrize`, marked where `quick(*row)`."""
     return [pytest.param(*row, marks=[pytest.mark.quick] if quick(*row) else []) for row in rows]
 
