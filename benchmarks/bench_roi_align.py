@@ -32,15 +32,17 @@ NAMES = [str(level) for level in range(len(STRIDES))]
 class Workload:
     """RoIs of each image, and the bins that each is pooled to."""
 
-    name: str
     images: int
     rois: int
     bins: int
 
 
-BOXES = Workload("1000 RoIs 7x7", images=1, rois=1000, bins=7)
-TRAINING = Workload("2 x 512 RoIs 7x7", images=2, rois=512, bins=7)
-MASKS = Workload("100 RoIs 14x14", images=1, rois=100, bins=14)
+BOXES, TRAINING, MASKS = "1000 RoIs 7x7", "2 x 512 RoIs 7x7", "100 RoIs 14x14"
+WORKLOADS = {
+    BOXES: Workload(images=1, rois=1000, bins=7),
+    TRAINING: Workload(images=2, rois=512, bins=7),
+    MASKS: Workload(images=1, rois=100, bins=14),
+}
 
 TARGETS = {  # times as fast as torchvision, on a GPU under autocast
     ("forward", BOXES, "float32", "NCHW"): {"cpu": 3},
@@ -116,7 +118,7 @@ def _race(
         [
             *(
                 (workload, dtype, layout, direction)
-                for workload in (BOXES, TRAINING, MASKS)
+                for workload in WORKLOADS
                 for dtype in DTYPES
                 for layout in LAYOUTS
                 for direction in DIRECTIONS
@@ -127,12 +129,13 @@ def _race(
     ),
 )
 def bench_pyramid(race, workload, dtype, layout, direction):
+    shape = WORKLOADS[workload]
     race_on_pyramid(
         race,
         direction,
-        [objects(workload.rois, seed=image) for image in range(workload.images)],
-        workload.bins,
-        f"{workload.name}, {dtype}, {layout}",
+        [objects(shape.rois, seed=image) for image in range(shape.images)],
+        shape.bins,
+        f"{workload}, {dtype}, {layout}",
         dtype=dtype,
         layout=layout,
         target=TARGETS.get((direction, workload, dtype, layout)),
