@@ -84,11 +84,7 @@ def race_detectors(race: Race, name: str, preset: str, images: Sequence[Tensor],
         rate=race.main_dtype,
         missing=missing,
         images=len(images),
-        stages={
-            provider: partial(stages.measure, call, places[provider], race.device)
-            for provider, call in calls.items()
-            if provider in places
-        },
+        stages=stages.measures(calls, places, race.device),
         events=False,
         **options,
     )

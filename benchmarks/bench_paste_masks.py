@@ -17,7 +17,7 @@ from benchmarks.harness import Race, parameters
 from benchmarks.machine import Call, peer
 from benchmarks.pooling import DTYPES
 from benchmarks.results import OURS
-from benchmarks.workloads import generator, objects, one_spot, sized
+from benchmarks.workloads import ADVERSARIAL, generator, objects
 from fastmask.kernels.paste_masks import paste_masks_reference
 
 SIDE = 28
@@ -48,21 +48,21 @@ def race_torchvision(
     _race(race, name, providers, masks, boxes, image, **options)
 
 
-def race_aligned(race: Race, name: str, boxes: Tensor, image: tuple[int, int] = IMAGE) -> None:
+def race_aligned(race: Race, name: str, boxes: Tensor) -> None:
     """detectron2's convention: pixel centres sampled over the box itself, every mask over the whole image."""
     masks = _masks(race, len(boxes), "float32")
     boxes = boxes.to(race.device)
 
     def grid_sample() -> Tensor:
-        return torch.cat([_sampled(*part, image) for part in zip(masks.split(10), boxes.split(10), strict=True)])
+        return torch.cat([_sampled(*part, IMAGE) for part in zip(masks.split(10), boxes.split(10), strict=True)])
 
     providers: dict[str, Call] = {
-        OURS: lambda: fastmask.paste_masks(masks, boxes, image),
+        OURS: lambda: fastmask.paste_masks(masks, boxes, IMAGE),
         "grid_sample": grid_sample,
     }
     if mask_ops := peer("detectron2.layers.mask_ops"):
-        providers["detectron2"] = lambda: mask_ops.paste_masks_in_image(masks, boxes, image)
-    _race(race, name, providers, masks, boxes, image)
+        providers["detectron2"] = lambda: mask_ops.paste_masks_in_image(masks, boxes, IMAGE)
+    _race(race, name, providers, masks, boxes, IMAGE)
 
 
 def _masks(race: Race, count: int, dtype: str) -> Tensor:
@@ -125,16 +125,9 @@ def bench_large_image(race):
     race_torchvision(race, f"{count} masks to 4000 x 6000, torchvision's convention", _objects(count, LARGE), LARGE)
 
 
-ADVERSARIAL = {
-    "all on one spot": one_spot(100),
-    "all of 2 pixels": sized(100, 2),
-    "all of 790 pixels": sized(100, 790),
-}
-
-
 @pytest.mark.parametrize("boxes", ADVERSARIAL)
 def bench_adversarial(race, boxes):
-    race_torchvision(race, f"100 masks to 800 x 1333, {boxes}", ADVERSARIAL[boxes], kind="adversarial")
+    race_torchvision(race, f"100 masks to 800 x 1333, {boxes}", ADVERSARIAL[boxes](100), kind="adversarial")
 
 
 @pytest.mark.parametrize("masks", parameters(zip([1, 10, 100, 400]), quick=lambda masks: masks <= 10))

@@ -16,11 +16,11 @@ import torchvision
 from torch import Tensor
 
 import fastmask
-from benchmarks.harness import Race, close, parameters
+from benchmarks.harness import Race, parameters
 from benchmarks.machine import PEERS, peer
-from benchmarks.pooling import CAPTURED, DIRECTIONS, DTYPES, LAYOUTS, TOLERANCE, Pool, passes, rate_of, torchvision_in
+from benchmarks.pooling import DIRECTIONS, DTYPES, LAYOUTS, Pool, race_passes, torchvision_in
 from benchmarks.results import OURS
-from benchmarks.workloads import C4, IMAGE, STRIDES, c4_map, covered, objects, one_spot, pyramid, sized
+from benchmarks.workloads import ADVERSARIAL, C4, IMAGE, STRIDES, c4_map, covered, objects, pyramid
 from fastmask.kernels.roi_align_reference import roi_align_reference
 
 SAMPLES = 2  # torchvision's default
@@ -85,7 +85,7 @@ def race_on_pyramid(
         reference = torch.compile(roi_align_reference)
         settings = (bins, bins, False, SCALES, SAMPLES, False, 224.0, 4, "torchvision")
         pools["torch.compile"] = lambda: reference(maps, rows, *settings)[0]
-    _race(race, direction, name, pools, maps, boxes, bins, STRIDES, dtype, **options)
+    _race(race, direction, name, pools, maps, boxes, bins, STRIDES, **options)
 
 
 def _race(
@@ -97,19 +97,16 @@ def _race(
     boxes: Sequence[Tensor],
     bins: int,
     strides: Sequence[int],
-    dtype: str,
     **options: object,
 ) -> None:
-    size, channels = DTYPES[dtype].itemsize, maps[0].shape[1]
+    size, channels = maps[0].itemsize, maps[0].shape[1]
     outputs = sum(map(len, boxes)) * channels * bins**2
     others = outputs * size + sum(box.nbytes for box in boxes)
     read = covered(boxes, [feature.shape[2:] for feature in maps], strides) * channels * size
     written = sum(feature.nbytes for feature in maps)
     bytes = {"forward": read, "backward": written, "forward + backward": read + others + written}[direction] + others
     flops = outputs * SAMPLES**2 * 4 * 2 * (1 + ("+" in direction))
-    calls = passes(direction, pools, maps)
-    options |= {"bytes": bytes, "flops": flops, "rate": rate_of(dtype), "capture": direction in CAPTURED}
-    race(f"{direction}, {name}", calls, close(TOLERANCE[dtype]), **options)
+    race_passes(race, f"{direction}, {name}", direction, pools, maps, bytes=bytes, flops=flops, **options)
 
 
 @pytest.mark.parametrize(
@@ -160,20 +157,13 @@ def bench_one_map(race, direction):
     if mmcv := peer(PEERS["mmcv"]):
         pools["mmcv"] = lambda: mmcv.roi_align(feature, rows, bins, scale, SAMPLES, "avg", False)
     name = f"300 RoIs 14x14 on a C4, {race.main_dtype}, channels_last"
-    _race(race, direction, name, pools, [feature], [box], bins, [C4.stride], race.main_dtype)
-
-
-ADVERSARIAL = {
-    "all on one spot": one_spot(1000),
-    "all of 2 pixels": sized(1000, 2),
-    "all of 790 pixels": sized(1000, 790),
-}
+    _race(race, direction, name, pools, [feature], [box], bins, [C4.stride])
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("boxes", parameters(zip(ADVERSARIAL), quick=lambda boxes: boxes == "all of 2 pixels"))
 def bench_adversarial(race, boxes, direction):
-    race_on_pyramid(race, direction, [ADVERSARIAL[boxes]], 7, f"1000 RoIs 7x7, {boxes}", kind="adversarial")
+    race_on_pyramid(race, direction, [ADVERSARIAL[boxes](1000)], 7, f"1000 RoIs 7x7, {boxes}", kind="adversarial")
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)

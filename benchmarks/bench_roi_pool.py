@@ -13,11 +13,11 @@ import torchvision
 from torch import Tensor
 
 import fastmask
-from benchmarks.harness import Race, close, parameters
+from benchmarks.harness import Race, parameters
 from benchmarks.machine import PEERS, peer
-from benchmarks.pooling import CAPTURED, DIRECTIONS, DTYPES, LAYOUTS, TOLERANCE, Pool, passes, rate_of, torchvision_in
+from benchmarks.pooling import DIRECTIONS, DTYPES, LAYOUTS, Pool, race_passes, torchvision_in
 from benchmarks.results import OURS
-from benchmarks.workloads import C4, c4_map, covered, objects, one_spot, sized
+from benchmarks.workloads import ADVERSARIAL, C4, c4_map, covered, objects
 
 BINS, ROIS, SCALE = 7, 512, 1 / C4.stride
 SAMPLES = 2
@@ -46,14 +46,14 @@ def race_on_map(
     read = covered([boxes], [feature.shape[2:]], [C4.stride]) * C4.channels * size
     pixels = int(((boxes[:, 2:] - boxes[:, :2]) * SCALE + 1).prod(1).sum()) * C4.channels
     flops = {"RoIPool": pixels if direction == "forward" else outputs, "RoIWarp": outputs * SAMPLES**2 * 4 * 2}
-    race(
+    race_passes(
+        race,
         f"{operator}, {direction}, {name}",
-        passes(direction, pools, [feature]),
-        close(TOLERANCE[dtype]),
+        direction,
+        pools,
+        [feature],
         bytes=others + (read if direction == "forward" else feature.nbytes),
         flops=flops[operator],
-        rate=rate_of(dtype),
-        capture=direction in CAPTURED,
         **options,
     )
 
@@ -101,17 +101,10 @@ def bench_c4(race, operator, dtype, layout, direction):
     race_on_map(race, operator, direction, objects(ROIS), name, dtype=dtype, layout=layout)
 
 
-ADVERSARIAL = {
-    "all on one spot": one_spot(ROIS),
-    "all of 2 pixels": sized(ROIS, 2),
-    "all of 790 pixels": sized(ROIS, 790),
-}
-
-
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("boxes", ADVERSARIAL)
 def bench_adversarial(race, boxes, direction):
-    race_on_map(race, "RoIPool", direction, ADVERSARIAL[boxes], f"{ROIS} RoIs 7x7, {boxes}", kind="adversarial")
+    race_on_map(race, "RoIPool", direction, ADVERSARIAL[boxes](ROIS), f"{ROIS} RoIs 7x7, {boxes}", kind="adversarial")
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)

@@ -70,9 +70,7 @@ def race_steps(race: Race, name: str, theirs: nn.Module, size: tuple[int, int], 
         calls,
         lambda a, b: bool((a - b).abs() < 0.1 * b),
         images=number,
-        stages={
-            provider: partial(stages.measure, call, places[provider], race.device) for provider, call in calls.items()
-        },
+        stages=stages.measures(calls, places, race.device),
         events=False,
         **options,
     )

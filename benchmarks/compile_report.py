@@ -29,6 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
+from benchmarks.workloads import STRIDES
 from fastmask.kernels.nms import _launch_nms_padded
 from fastmask.kernels.paste_masks import _launch_paste_masks
 from fastmask.kernels.roi_align import _launch_roi_align
@@ -46,7 +47,6 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-STRIDES = (4, 8, 16, 32)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from benchmarks.harness import Race, close
 from benchmarks.machine import Call
 from benchmarks.workloads import generator
 
@@ -14,7 +15,6 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}
 DIRECTIONS = ("forward", "backward")
-CAPTURED = ("forward", "forward + backward")  # autograd runs a backward on the stream of its forward, not the capture's
 
 Pool = Callable[[], Tensor]
 
@@ -24,9 +24,21 @@ def torchvision_in(dtype: str) -> str:
     return "torchvision" if dtype == "float32" else "torchvision autocast"
 
 
-def rate_of(dtype: str) -> str:
-    """The matrix product whose rate bounds the arithmetic: CPUs may have none that is fast in float16."""
-    return "float32" if dtype == "float32" else "bfloat16"
+def race_passes(
+    race: Race, name: str, direction: str, pools: Mapping[str, Pool], maps: Sequence[Tensor], **options: object
+) -> None:
+    """Race one direction of pooling `maps`; `options` are the race's."""
+    dtype = str(maps[0].dtype).removeprefix("torch.")
+    race(
+        name,
+        passes(direction, pools, maps),
+        close(TOLERANCE[dtype]),
+        # Half precision is bounded by bfloat16's product: CPUs may have none that is fast in float16.
+        rate="float32" if dtype == "float32" else "bfloat16",
+        # Autograd runs a backward on the stream of its forward, which is not the capture's.
+        capture=direction != "backward",
+        **options,
+    )
 
 
 def passes(direction: str, pools: Mapping[str, Pool], maps: Sequence[Tensor]) -> dict[str, Call]:

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from benchmarks import plots
-from benchmarks.results import FOLDER, OURS, Results, Run, load
+from benchmarks.results import FOLDER, OURS, Case, Results, Run, load
 from benchmarks.tables import end_to_end, is_end_to_end, met, missing, number, operator, ratios, table
 
 README = Path(__file__).parents[1] / "README.md"
@@ -68,9 +68,14 @@ def _machine(run: Run) -> str:
     return "; ".join([", ".join([run.device, f"{run.threads} CPU threads", *driver, *versions]), *gone]) + "."
 
 
+def _compared(results: Results) -> list[tuple[str, Case]]:
+    """Each case that torchvision ran too, with its section."""
+    return [(name, case) for name, section in results.items() for case in section.cases if case.ratio()]
+
+
 def summary(results: Results) -> str:
     """How many cases are faster, and every one that is not."""
-    compared = [(name, case) for name, section in results.items() for case in section.cases if case.ratio()]
+    compared = _compared(results)
     if not compared:
         return ""
     faster = sum(case.ratio() >= 1 for _, case in compared)
@@ -97,7 +102,7 @@ def summary(results: Results) -> str:
 
 def readme_table(file: str, results: Results) -> str:
     """The cases that have a target, and every other that torchvision runs faster."""
-    compared = [(name, case) for name, section in results.items() for case in section.cases if case.ratio()]
+    compared = _compared(results)
     rows = [
         {
             "": f"{name}: {case.name}",

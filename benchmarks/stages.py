@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import pairwise
 from unittest.mock import patch
 
@@ -82,6 +83,13 @@ def measure(call: Callable[[], object], places: Sequence[Place], device: str) ->
     """Milliseconds of each stage, as medians over a few calls on a GPU, of one on a CPU."""
     runs = [_measure(call, places, device) for _ in range(1 if device == "cpu" else 3)]
     return {stage: statistics.median(run[stage] for run in runs) for stage in runs[0]}
+
+
+def measures(
+    calls: Mapping[str, Callable[[], object]], places: Mapping[str, Sequence[Place]], device: str
+) -> dict[str, Callable[[], dict[str, float]]]:
+    """What measures the stages of each provider, where its places are known."""
+    return {name: partial(measure, call, places[name], device) for name, call in calls.items() if name in places}
 
 
 def _measure(call: Callable[[], object], places: Sequence[Place], device: str) -> dict[str, float]:

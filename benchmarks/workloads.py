@@ -9,7 +9,8 @@ boxes are jittered copies of some thirty objects, the others lie anywhere; most 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -46,10 +47,9 @@ def pyramid(
     *,
     images: int = 1,
     image: tuple[int, int] = IMAGE,
-    seed: int = 0,
 ) -> list[Tensor]:
     """P2 to P5 with `CHANNELS` channels, of random values."""
-    g = generator(seed, device)
+    g = generator(device=device)
     shapes = [(images, CHANNELS, image[0] // stride, image[1] // stride) for stride in STRIDES]
     return [_random(shape, g, dtype, layout) for shape in shapes]
 
@@ -93,16 +93,16 @@ def objects(count: int, *, image: Sequence[int] = IMAGE, seed: int = 0) -> Tenso
     return torch.cat([corner, corner + size], 1)
 
 
-def candidates(count: int, *, image: Sequence[int] = IMAGE, seed: int = 0) -> tuple[Tensor, Tensor]:
+def candidates(count: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
     """`[count, 4]` boxes, of which three quarters crowd around thirty objects, and `[count]` scores."""
     g = generator(seed)
-    boxes = objects(count, image=image, seed=seed)
+    boxes = objects(count, seed=seed)
     crowd = count * 3 // 4
-    centre = objects(30, image=image, seed=seed + 1)[torch.randint(30, (crowd,), generator=g)]
+    centre = objects(30, seed=seed + 1)[torch.randint(30, (crowd,), generator=g)]
     side = (centre[:, 2:] - centre[:, :2]).repeat(1, 2)
     boxes[:crowd] = centre + torch.randn(crowd, 4, generator=g) * 0.15 * side
     low, high = boxes.unflatten(1, (2, 2)).sort(1).values.unbind(1)
-    limit = torch.tensor([image[1], image[0]])
+    limit = torch.tensor([IMAGE[1], IMAGE[0]])
     boxes = torch.cat([low.clamp(min=0), high.minimum(limit)], 1)
     scores = (torch.randn(count, generator=g) * 2 - 2).sigmoid()
     order = torch.randperm(count, generator=g)
@@ -114,9 +114,9 @@ def one_spot(count: int) -> Tensor:
     return torch.tensor([[500.0, 300.0, 620.0, 450.0]]).repeat(count, 1)
 
 
-def sized(count: int, side: float, *, image: Sequence[int] = IMAGE, seed: int = 0) -> Tensor:
+def sized(count: int, side: float) -> Tensor:
     """Squares of one size, anywhere in the image."""
-    corner = torch.rand(count, 2, generator=generator(seed)) * (torch.tensor([image[1], image[0]]) - side)
+    corner = torch.rand(count, 2, generator=generator()) * (torch.tensor([IMAGE[1], IMAGE[0]]) - side)
     return torch.cat([corner, corner + side], 1)
 
 
@@ -126,3 +126,10 @@ def disjoint(count: int) -> Tensor:
     index = torch.arange(count)
     corner = torch.stack([index % across, index // across], 1) * 10.0
     return torch.cat([corner, corner + 8.0], 1)[torch.randperm(count, generator=generator())]
+
+
+ADVERSARIAL: dict[str, Callable[[int], Tensor]] = {
+    "all on one spot": one_spot,
+    "all of 2 pixels": partial(sized, side=2),
+    "all of 790 pixels": partial(sized, side=790),
+}
