@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import compare, report
-from benchmarks.results import FOLDER, load, slug
+from benchmarks.reporting import compare, report
+from benchmarks.reporting.results import FOLDER, load, slug
 
 ROOT = Path(__file__).parents[1]
 WHOLE = ("model", "training")  # after the operators that they are made of
@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     if threads := arguments.threads or (None if on_gpu else 2):
         options.append(f"--threads={threads}")
     if importlib.util.find_spec("tqdm"):
-        options += ["-p", "no:terminal", "-p", "benchmarks.progress"]
+        options += ["-p", "no:terminal", "-p", "benchmarks.harness.progress"]
     failed = []
     for section in arguments.only or SECTIONS:
         command = [sys.executable, "-m", "pytest", f"benchmarks/bench_{section}.py", *options]

@@ -17,12 +17,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import detectors, stages
-from benchmarks.harness import Race
-from benchmarks.machine import Call
-from benchmarks.results import OURS, TORCHVISION
-from models import images as pictures
-from models.mask_rcnn import MaskRCNN
+from benchmarks.harness import detectors, stages
+from benchmarks.harness.comparison import Race
+from benchmarks.harness.machine import Call
+from benchmarks.reporting.results import OURS, TORCHVISION
+from models import preprocess as pictures
+from models.network.mask_rcnn import MaskRCNN
 
 SIZE = (800, 1333)  # §3.1
 PRESETS = ("R-50-FPN", "R-101-FPN", "X-101-FPN", "R-101-C4", "R-50-FPN-keypoint")

@@ -14,12 +14,12 @@ import torchvision
 from torch import Tensor
 
 import fastmask
-from benchmarks.harness import Race, parameters
-from benchmarks.machine import PEERS, Call, peer
-from benchmarks.pooling import DTYPES, torchvision_in
-from benchmarks.results import OURS
-from benchmarks.workloads import ADVERSARIAL, candidates, disjoint, generator
-from fastmask.kernels.nms_reference import nms_reference
+from benchmarks.harness.comparison import Race, parameters
+from benchmarks.harness.machine import PEERS, Call, peer
+from benchmarks.harness.pooling import DTYPES, torchvision_in
+from benchmarks.harness.workloads import ADVERSARIAL, candidates, disjoint, generator
+from benchmarks.reporting.results import OURS
+from fastmask.kernels.nms.reference import nms_reference
 
 IOU_FLOPS = 13  # 4 extrema, 2 differences, 2 clamps, 3 for the union, a product, a comparison
 LEVELS = 5  # P2 to P6

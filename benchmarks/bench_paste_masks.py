@@ -13,11 +13,11 @@ from torch import Tensor
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 import fastmask
-from benchmarks.harness import Race, parameters
-from benchmarks.machine import Call, peer
-from benchmarks.pooling import DTYPES
-from benchmarks.results import OURS
-from benchmarks.workloads import ADVERSARIAL, generator, objects
+from benchmarks.harness.comparison import Race, parameters
+from benchmarks.harness.machine import Call, peer
+from benchmarks.harness.pooling import DTYPES
+from benchmarks.harness.workloads import ADVERSARIAL, generator, objects
+from benchmarks.reporting.results import OURS
 from fastmask.kernels.paste_masks import paste_masks_reference
 
 SIDE = 28

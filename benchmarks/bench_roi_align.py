@@ -16,12 +16,12 @@ import torchvision
 from torch import Tensor
 
 import fastmask
-from benchmarks.harness import Race, parameters
-from benchmarks.machine import PEERS, peer
-from benchmarks.pooling import DIRECTIONS, DTYPES, LAYOUTS, Pool, race_passes, torchvision_in
-from benchmarks.results import OURS
-from benchmarks.workloads import ADVERSARIAL, C4, IMAGE, STRIDES, c4_map, covered, objects, pyramid
-from fastmask.kernels.roi_align_reference import roi_align_reference
+from benchmarks.harness.comparison import Race, parameters
+from benchmarks.harness.machine import PEERS, peer
+from benchmarks.harness.pooling import DIRECTIONS, DTYPES, LAYOUTS, Pool, race_passes, torchvision_in
+from benchmarks.harness.workloads import ADVERSARIAL, C4, IMAGE, STRIDES, c4_map, covered, objects, pyramid
+from benchmarks.reporting.results import OURS
+from fastmask.kernels.roi_align.reference import roi_align_reference
 
 SAMPLES = 2  # torchvision's default
 SCALES = [1 / stride for stride in STRIDES]

@@ -13,11 +13,11 @@ import torchvision
 from torch import Tensor
 
 import fastmask
-from benchmarks.harness import Race, parameters
-from benchmarks.machine import PEERS, peer
-from benchmarks.pooling import DIRECTIONS, DTYPES, LAYOUTS, Pool, race_passes, torchvision_in
-from benchmarks.results import OURS
-from benchmarks.workloads import ADVERSARIAL, C4, c4_map, covered, objects
+from benchmarks.harness.comparison import Race, parameters
+from benchmarks.harness.machine import PEERS, peer
+from benchmarks.harness.pooling import DIRECTIONS, DTYPES, LAYOUTS, Pool, race_passes, torchvision_in
+from benchmarks.harness.workloads import ADVERSARIAL, C4, c4_map, covered, objects
+from benchmarks.reporting.results import OURS
 
 BINS, ROIS, SCALE = 7, 512, 1 / C4.stride
 SAMPLES = 2

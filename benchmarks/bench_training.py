@@ -14,11 +14,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import detectors, stages
-from benchmarks.harness import Race
-from benchmarks.results import OURS
-from benchmarks.workloads import IMAGE, generator, objects
-from models import images as pictures
+from benchmarks.harness import detectors, stages
+from benchmarks.harness.comparison import Race
+from benchmarks.harness.workloads import IMAGE, generator, objects
+from benchmarks.reporting.results import OURS
+from models import preprocess as pictures
 from models.structures import Target
 
 LR = 1e-6  # of random weights: thousands of steps on one batch must not get anywhere

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import results
-from benchmarks.harness import Race
-from benchmarks.machine import Machine
-from benchmarks.results import Case, Section
+from benchmarks.harness.comparison import Race
+from benchmarks.harness.machine import Machine
+from benchmarks.reporting import results
+from benchmarks.reporting.results import Case, Section
 
 
 def pytest_addoption(parser):

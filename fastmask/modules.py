@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
+from fastmask.kernels._rois import checked_output_size
 from fastmask.kernels.roi_align import multiscale_roi_align, roi_align
-from fastmask.kernels.roi_boxes import checked_output_size
 from fastmask.kernels.roi_pool import roi_pool, roi_warp
 
 

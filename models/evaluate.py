@@ -23,14 +23,14 @@ from torch import Tensor
 from torchvision.ops import box_convert
 from tqdm import tqdm
 
-from models.checkpoint import load_model
 from models.config import DataConfig, ModelConfig
 from models.data.coco import PIXEL_CENTRE, CocoDataset
 from models.data.loader import BadSample, eval_loader
-from models.data.shapes import ShapesConfig, ensure
+from models.data.synthetic.shapes import ShapesConfig, ensure
 from models.distributed import barrier, broadcast, gather, process_group, rank, say, world
 from models.rle import encode_masks
 from models.structures import Category, Detections
+from models.weights.checkpoint import load_model
 
 Task = Literal["bbox", "segm", "keypoints"]
 Metrics = dict[Task, dict[str, float]]

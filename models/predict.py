@@ -17,12 +17,12 @@ import tyro
 from torchvision.transforms.v2.functional import to_pil_image
 from tqdm import tqdm
 
-from models.checkpoint import load_model
-from models.data.pictures import read_image
+from models.data.image_io import read_image
 from models.data.problems import DataError
 from models.evaluate import Detector, coco_results
 from models.structures import Category, Detections
 from models.visualize import draw
+from models.weights.checkpoint import load_model
 
 SUFFIXES = {".jpg", ".jpeg", ".png"}
 MARK = ".detections"  # in the names of what is written: never an input

@@ -21,15 +21,16 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.models import get_model_weights
 
-from models import checkpoint, distributed
-from models import images as pictures
+from models import distributed
+from models import preprocess as pictures
 from models.config import InputConfig, ModelConfig, SolverConfig, TrainConfig
 from models.data.coco import CocoDataset
 from models.data.loader import Batch, train_loader
 from models.evaluate import evaluate, open_dataset
-from models.mask_rcnn import MaskRCNN
+from models.network.mask_rcnn import MaskRCNN
 from models.presets import PRESETS
 from models.train_log import TrainLog
+from models.weights import checkpoint
 
 LAST = "last.pth"  # with the state of training: what --resume continues from
 FINAL = "model.pth"

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import detectors
-from benchmarks.detectors import Found, same
+from benchmarks.harness import detectors
+from benchmarks.harness.detectors import Found, same
 
 pytestmark = [pytest.mark.reference_only, pytest.mark.unpoisoned]
 

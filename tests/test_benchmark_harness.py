@@ -10,12 +10,12 @@ import pytest
 import torch
 from triton import testing
 
-from benchmarks import results
-from benchmarks.harness import Race, close
-from benchmarks.machine import Machine, spread
-from benchmarks.results import Spread
-from benchmarks.workloads import STRIDES, candidates, covered, disjoint, objects, sized
-from fastmask import boxes as box_ops
+from benchmarks.harness.comparison import Race, close
+from benchmarks.harness.machine import Machine, spread
+from benchmarks.harness.workloads import STRIDES, candidates, covered, disjoint, objects, sized
+from benchmarks.reporting import results
+from benchmarks.reporting.results import Spread
+from fastmask import box_ops as box_ops
 
 pytestmark = pytest.mark.reference_only
 

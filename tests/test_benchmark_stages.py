@@ -6,8 +6,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import detectors, stages
-from benchmarks.stages import BACKBONE, BACKWARD, HEADS, NMS, OPTIMIZER, OTHER, POOLING, STAGES, Stopwatch, measure
+from benchmarks.harness import detectors, stages
+from benchmarks.harness.stages import (
+    BACKBONE,
+    BACKWARD,
+    HEADS,
+    NMS,
+    OPTIMIZER,
+    OTHER,
+    POOLING,
+    STAGES,
+    Stopwatch,
+    measure,
+)
 
 pytestmark = [pytest.mark.reference_only, pytest.mark.unpoisoned]
 

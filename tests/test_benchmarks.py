@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks import compare, plots, report
-from benchmarks.results import FOLDER, OURS, Case, Run, Section, Spread, Timing, load, save
-from benchmarks.tables import number, table
+from benchmarks.reporting import compare, plots, report
+from benchmarks.reporting.results import FOLDER, OURS, Case, Run, Section, Spread, Timing, load, save
+from benchmarks.reporting.tables import number, table
 
 pytestmark = pytest.mark.reference_only
 

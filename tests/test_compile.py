@@ -6,8 +6,8 @@ import pytest
 import torch
 from triton.runtime.jit import JITFunction
 
-from benchmarks import compile_report
-from benchmarks.compile_report import (
+from benchmarks.reporting import compile_report
+from benchmarks.reporting.compile_report import (
     COMMAND,
     DOCUMENT,
     TARGETS,

@@ -8,9 +8,9 @@ from test_roi_align import SCALES, draw_boxes, draw_pyramid
 
 import fastmask
 from fastmask.kernels._runtime import INTERPRETED
-from models import images as pictures
+from models import preprocess as pictures
 from models.config import KeypointHeadConfig
-from models.mask_rcnn import MaskRCNN
+from models.network.mask_rcnn import MaskRCNN
 from models.presets import PRESETS
 
 pytestmark = pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a GPU")

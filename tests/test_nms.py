@@ -6,8 +6,8 @@ import torchvision
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastmask.kernels import nms as module
-from fastmask.kernels import nms_reference
 from fastmask.kernels.nms import batched_nms, nms, nms_padded
+from fastmask.kernels.nms import reference as nms_reference
 
 NAN, INF = float("nan"), float("inf")
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

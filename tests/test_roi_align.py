@@ -9,8 +9,9 @@ from conftest import assert_within_budget
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastmask import multiscale_roi_align, roi_align
-from fastmask.kernels import roi_align_backward, roi_sampling
 from fastmask.kernels._runtime import INTERPRETED
+from fastmask.kernels.roi_align import backward as roi_align_backward
+from fastmask.kernels.roi_align import geometry as roi_sampling
 
 NAN, INF = math.nan, math.inf
 SCALES = [1 / 4, 1 / 8]

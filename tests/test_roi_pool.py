@@ -7,10 +7,10 @@ from torch.autograd import gradcheck, gradgradcheck
 from torchvision.ops import roi_pool as torchvision_roi_pool
 
 from fastmask.kernels import roi_pool as module
-from fastmask.kernels import roi_pool_backward as backward_module
 from fastmask.kernels._runtime import INTERPRETED
+from fastmask.kernels.roi_pool import backward as backward_module
 from fastmask.kernels.roi_pool import roi_pool
-from fastmask.kernels.roi_pool_bins import quantise
+from fastmask.kernels.roi_pool.geometry import quantise
 
 NAN, INF = float("nan"), float("inf")
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

@@ -20,7 +20,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign
 
-from fastmask import boxes as box_algebra
+from fastmask import box_ops as box_algebra
 from fastmask import modules
 from fastmask.kernels.nms import nms_padded
 from fastmask.kernels.paste_masks import paste_masks

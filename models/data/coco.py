@@ -17,9 +17,9 @@ from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fastmask.boxes import clip
+from fastmask.box_ops import clip
 from models.data import annotations as coco_json
-from models.data.pictures import read_image
+from models.data.image_io import read_image
 from models.data.problems import DataError, Problems
 from models.structures import Target
 

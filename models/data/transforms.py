@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode, functional
 
-from models import images
+from models import preprocess as images
 from models.structures import Target
 
 

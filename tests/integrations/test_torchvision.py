@@ -9,7 +9,7 @@ from torchvision.models import detection
 
 from fastmask.integrations.torchvision import accelerate, restore
 from fastmask.kernels._runtime import INTERPRETED
-from tests import detectors
+from tests.oracles import detectors
 
 pytestmark = pytest.mark.unpoisoned
 

@@ -11,8 +11,6 @@ from torchvision.models import detection
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 
-from models.categories import COCO, COCO_PERSON
-from models.checkpoint import load_model, load_weights, save
 from models.config import (
     BackboneConfig,
     BoxHeadConfig,
@@ -22,7 +20,9 @@ from models.config import (
     MaskHeadConfig,
     ModelConfig,
 )
-from models.mask_rcnn import MaskRCNN
+from models.network.mask_rcnn import MaskRCNN
+from models.weights.categories import COCO, COCO_PERSON
+from models.weights.checkpoint import load_model, load_weights, save
 
 pytestmark = pytest.mark.reference_only
 

@@ -8,8 +8,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
-from models import images as pictures
-from models.mask_rcnn import MaskRCNN
+from models import preprocess as pictures
+from models.network.mask_rcnn import MaskRCNN
 from models.presets import PRESETS
 from models.structures import Target
 

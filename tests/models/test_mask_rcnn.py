@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from models import checkpoint
-from models import images as pictures
+from models import preprocess as pictures
 from models.config import KeypointHeadConfig, ModelConfig
-from models.mask_rcnn import MaskRCNN
+from models.network.mask_rcnn import MaskRCNN
 from models.presets import PRESETS
 from models.structures import Target
-from models.weights_torchvision import convert_detector
-from tests import detectors
+from models.weights import checkpoint
+from models.weights.torchvision import convert_detector
+from tests.oracles import detectors
 
 pytestmark = [pytest.mark.reference_only, pytest.mark.unpoisoned]
 

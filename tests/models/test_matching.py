@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from models.matching import IGNORED, NEGATIVE, POSITIVE, match, sample
+from models.network.matching import IGNORED, NEGATIVE, POSITIVE, match, sample
 from models.structures import Target
 
 pytestmark = pytest.mark.reference_only

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from models import safe_pickle
+from models.weights import safe_pickle
 
 pytestmark = pytest.mark.reference_only
 

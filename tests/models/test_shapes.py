@@ -12,10 +12,10 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from models.data import shapes
 from models.data.coco import PIXEL_CENTRE
-from models.data.scenes import MIN_PIXELS
-from models.data.shapes import CATEGORY_IDS, SETTINGS, ShapesConfig, ensure, generate, scene
+from models.data.synthetic import shapes
+from models.data.synthetic.scenes import MIN_PIXELS
+from models.data.synthetic.shapes import CATEGORY_IDS, SETTINGS, ShapesConfig, ensure, generate, scene
 
 pytestmark = pytest.mark.reference_only
 
@@ -271,7 +271,15 @@ def test_wrong_ranges_are_named(wrong, small):
 
 
 def test_command_line(tmp_path):
-    command = [sys.executable, "-m", "models.data.shapes", "--output", str(tmp_path / "new" / "shapes"), "--seed", "5"]
+    command = [
+        sys.executable,
+        "-m",
+        "models.data.synthetic.shapes",
+        "--output",
+        str(tmp_path / "new" / "shapes"),
+        "--seed",
+        "5",
+    ]
     subprocess.run([*command, "--train", "1", "--val", "1", "--sides", "80", "90"], check=True, capture_output=True)
     settings = json.loads((tmp_path / "new" / "shapes" / SETTINGS).read_text())
     assert (settings["seed"], settings["sides"]) == (5, [80, 90])

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from models import checkpoint, train
-from models.data.shapes import ShapesConfig, generate
-from models.mask_rcnn import MaskRCNN
+from models import train
+from models.data.synthetic.shapes import ShapesConfig, generate
+from models.network.mask_rcnn import MaskRCNN
+from models.weights import checkpoint
 
 pytestmark = [pytest.mark.reference_only, pytest.mark.unpoisoned]
 

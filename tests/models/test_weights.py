@@ -10,12 +10,13 @@ from torchvision.models import detection
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import FrozenBatchNorm2d
 
-from models import weights_detectron2, weights_torchvision
-from models.categories import COCO, COCO_IDS, COCO_PERSON
-from models.checkpoint import load_model
 from models.config import BackboneConfig, FPNConfig, InputConfig, KeypointHeadConfig, MaskHeadConfig, PoolingConfig
-from models.mask_rcnn import MaskRCNN
+from models.network.mask_rcnn import MaskRCNN
 from models.structures import Category
+from models.weights import detectron2 as weights_detectron2
+from models.weights import torchvision as weights_torchvision
+from models.weights.categories import COCO, COCO_IDS, COCO_PERSON
+from models.weights.checkpoint import load_model
 
 pytestmark = pytest.mark.reference_only
 

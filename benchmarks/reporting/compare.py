@@ -1,0 +1,141 @@
+"""`python -m benchmarks compare BEFORE.json AFTER.json`: what got faster or slower, beyond the noise.
+
+On one GPU its times are compared. CPUs, and different devices, are compared by how many times as long as torchvision
+ours took in the same run; where torchvision could not run, by time after all, unless the devices differ. A change
+counts if the ranges from p20 to p80, of three rounds or more, are apart: of a ratio, from ours at p20 over theirs at
+p80 to the reverse.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.reporting.results import Case, Results, Section, Spread, is_ours, load
+
+ROUNDS = 3  # fewer say nothing of the noise
+
+
+@dataclass(frozen=True)
+class Change:
+    """One provider of ours in one case; `before` and `after` are milliseconds, or multiples of torchvision's."""
+
+    name: str
+    unit: str
+    before: Spread
+    after: Spread
+    rounds: int  # the fewer of both
+
+    @property
+    def slowdown(self) -> float:
+        """Above 1: slower than before."""
+        return self.after.median / self.before.median
+
+    @property
+    def beyond_noise(self) -> bool:
+        apart = self.after.p20 > self.before.p80 or self.after.p80 < self.before.p20
+        return apart and self.rounds >= ROUNDS
+
+    def __str__(self) -> str:
+        how = f"{self.slowdown:.2f} times the time" if self.slowdown > 1 else f"{1 / self.slowdown:.2f} times as fast"
+        return f"{self.name}: {how} ({self.before.median:.4g} to {self.after.median:.4g} {self.unit})"
+
+
+def same_gpu(before: Section, after: Section) -> bool:
+    return before.run.on_gpu and before.run.device == after.run.device
+
+
+def changes(before: Results, after: Results) -> Iterator[Change]:
+    """Of everything that is in both."""
+    for section in before.keys() & after.keys():
+        old, new = before[section], after[section]
+        cases = {case.name: case for case in new.cases}
+        for case in old.cases:
+            if case.name in cases:
+                yield from _of_case(section, case, cases[case.name], old, new)
+
+
+def _of_case(section: str, old: Case, new: Case, before: Section, after: Section) -> Iterator[Change]:
+    for provider in old.timings.keys() & new.timings.keys():
+        name = f"{section}: {old.name}, {provider}"
+        if not is_ours(provider):
+            continue
+        rounds = min(old.timings[provider].rounds, new.timings[provider].rounds)
+        if not same_gpu(before, after) and old.peer() and new.peer():
+            yield Change(name, "of torchvision's time", _relative(old, provider), _relative(new, provider), rounds)
+        elif before.run.device == after.run.device:
+            yield Change(name, "ms", old.timings[provider].time, new.timings[provider].time, rounds)
+
+
+def _relative(case: Case, provider: str) -> Spread:
+    ours, theirs = case.timings[provider].time, case.peer().time
+    return Spread(ours.p20 / theirs.p80, ours.median / theirs.median, ours.p80 / theirs.p20)
+
+
+def only_in(results: Results, other: Results) -> list[str]:
+    """Ours that only the first has."""
+    return sorted(_ours(results) - _ours(other))
+
+
+def _ours(results: Results) -> set[str]:
+    return {
+        f"{name}: {case.name}, {provider}"
+        for name, section in results.items()
+        for case in section.cases
+        for provider in case.timings
+        if is_ours(provider)
+    }
+
+
+def warnings(before: Results, after: Results) -> list[str]:
+    """What makes the two runs less comparable than they look."""
+    found: dict[str, list[str]] = {}
+    for name in sorted(before.keys() & after.keys()):
+        old, new = before[name].run, after[name].run
+        said = [
+            f"{package} {old.versions.get(package)} and {new.versions.get(package)}"
+            for package in ("torch", "torchvision", "triton")
+            if old.versions.get(package) != new.versions.get(package)
+        ]
+        if old.quick != new.quick:
+            said.append("A QUICK RUN AND A FULL ONE")
+        if old.device != new.device:
+            said.append(f"DIFFERENT DEVICES, {old.device} and {new.device}: compared in torchvision's time alone")
+        for line in said:
+            found.setdefault(line, []).append(name)
+    return [f"{', '.join(names)}: {line}" for line, names in found.items()]
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("before", type=Path, help="JSON of `run`")
+    parser.add_argument("after", type=Path)
+    parser.add_argument("--threshold", type=float, default=0.1, help="slower by more than this fraction fails")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """1 if something of ours got slower by more than the threshold, 2 if there is nothing to compare."""
+    try:
+        before, after = load(arguments.before), load(arguments.after)
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    found = sorted(changes(before, after), key=lambda change: (-change.slowdown, change.name))
+    beyond = [change for change in found if change.beyond_noise]
+    regressions = [change for change in beyond if change.slowdown > 1 + arguments.threshold]
+    for warning in warnings(before, after):
+        print(f"! {warning}")
+    for change in beyond:
+        print(f"{'REGRESSION ' if change in regressions else ''}{change}")
+    for path, lost in ((arguments.before, only_in(before, after)), (arguments.after, only_in(after, before))):
+        for name in lost:
+            print(f"only in {path}: {name}")
+    print(
+        f"{len(found)} compared, {len(found) - len(beyond)} within the noise, "
+        f"{len(regressions)} slower by more than {arguments.threshold:.0%}"
+    )
+    if not found:
+        return 2
+    return int(bool(regressions))

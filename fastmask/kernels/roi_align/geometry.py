@@ -1,0 +1,251 @@
+"""Where RoIAlign samples: the geometry that its reference, its forward and its backward share.
+
+Along each axis, for a box [start, end] scaled to its level, P bins and g samples per bin,
+
+    size = end - start          (at least 1 unless aligned)          bin = size / P
+    g = sampling_ratio, or ceil(bin) where that is not positive
+    position(p, i) = start + p * bin + (i + 1/2) * bin / g
+
+and the feature at a position is interpolated between its two neighbours. Positions are in feature pixels
+whose centres are the integers; `aligned` shifts boxes by -1/2 so that continuous image coordinates (pixel
+j covers [j, j + 1)) fall on those centres. A sample in [-1, 0] or [H - 1, H] takes the border's value, one
+beyond contributes 0. The operations are torchvision's, in its order and without fused multiply-adds, so that
+the same samples are inside and outside.
+
+An adaptive grid visits only the samples that can be inside, and a few more: all others contribute 0, and a
+box of a billion pixels would otherwise take hours.
+
+A box is *pooled* unless a side is not finite, scaled or not, its image is not in the batch, it has no level, or the
+level has no pixels; a box that is not pooled has zero features and receives no gradient.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastmask.kernels._rois import image_indices
+from fastmask.kernels._runtime import divide, float_of, jit, tl
+from fastmask.kernels.roi_align.levels import LevelRule, area_thresholds, assign_fpn_levels, level_range
+
+# What the reference lists at a time: some 100 bytes each.
+SAMPLES = 1 << 21
+# Visited beyond the last sample that can be inside; more than rounding can move one.
+_MARGIN = 2
+
+
+class Settings(NamedTuple):
+    """How RoIAlign samples: the last arguments of its operators, in their order."""
+
+    spatial_scales: list[float]
+    sampling_ratio: int
+    aligned: bool
+    canonical_box_size: float
+    canonical_level: int
+    level_rounding: str
+
+    @property
+    def rule(self) -> LevelRule:
+        return LevelRule(self.canonical_box_size, self.canonical_level, self.level_rounding)
+
+    def thresholds(self, dtype: torch.dtype) -> tuple[int, ...]:
+        """See `area_thresholds`."""
+        return area_thresholds(*level_range(self.spatial_scales), self.rule, dtype)
+
+
+class Samples(NamedTuple):
+    """Every sample of S samples in K x PH x PW bins of one level, in bin order, row-major within a bin."""
+
+    pixel: Tensor  # [S, 4] rows of the level's [N * H * W, C] table, int32 where they fit
+    weight: Tensor  # [S, 4] bilinear weights, for the mean divided by the bin's number of samples
+    bin: Tensor  # [S] the bin that each belongs to
+    first: Tensor  # [K * PH * PW + 1] the first sample of each bin, and S
+
+
+class _Axis(NamedTuple):
+    """The samples along one axis of all boxes, bin by bin; A of them in K * P bins."""
+
+    neighbours: Tensor  # [A, 2] low and high
+    weights: Tensor  # [A, 2]
+    first: Tensor  # [K * P] the first sample of each bin
+    visited: Tensor  # [K * P] its number of samples
+
+
+def select_boxes(boxes: Tensor, images: int, settings: Settings) -> list[Tensor]:
+    """The rows of `boxes [K, 5]` that are pooled from each level."""
+    image_indices(boxes, images)  # for its check
+    side = boxes[:, 3:] - boxes[:, 1:3]
+    scales = settings.spatial_scales
+    level = assign_fpn_levels(boxes[:, 1:], scales, settings.rule).where(side.isfinite().all(1), -1)
+    finite = [(boxes[:, 3:] * scale - boxes[:, 1:3] * scale).isfinite().all(1) for scale in scales]
+    return [((level == index) & finite[index]).nonzero()[:, 0] for index in range(len(scales))]
+
+
+def _axis(start: Tensor, end: Tensor, bins: int, extent: int, ratio: int, aligned: bool, mean: bool) -> _Axis:
+    size = end - start if aligned else (end - start).clamp(min=1)
+    bin = size[:, None] / bins
+    grid = torch.full_like(bin, ratio) if ratio > 0 else bin.ceil().clamp(min=0)
+    base = start[:, None] + torch.arange(bins, dtype=bin.dtype, device=bin.device) * bin
+    if ratio > 0:
+        skipped, visited = torch.zeros_like(base), torch.full_like(base, ratio)
+    else:
+        step, zero = bin / grid, torch.zeros_like(base)
+        skipped = ((-1 - base) / step - _MARGIN).floor().maximum(zero).minimum(grid)
+        visited = ((extent - base) / step + _MARGIN).ceil().maximum(skipped).minimum(grid) - skipped
+        visited = visited.nan_to_num(0)  # an empty box has a grid of 0 and takes no samples
+    visited = visited.flatten().long()
+    first = visited.cumsum(0) - visited
+    bin_of = torch.repeat_interleave(visited)
+    sample = torch.arange(len(bin_of), device=base.device) - first[bin_of]
+    bin, grid = bin[bin_of // bins, 0], grid[bin_of // bins, 0]
+    position = base.flatten()[bin_of] + (skipped.flatten()[bin_of] + sample + 0.5) * bin / grid
+    inside = (position >= -1) & (position <= extent)
+    position = position.clamp(0, extent - 1)
+    low = position.long()
+    fraction = position - low
+    weights = torch.stack([1 - fraction, fraction], 1) * inside[:, None]
+    neighbours = torch.stack([low, (low + 1).clamp(max=extent - 1)], 1)
+    return _Axis(neighbours, weights / grid[:, None] if mean else weights, first, visited)
+
+
+def in_pieces(
+    boxes: Tensor, rows: Tensor, level: tuple[int, int, int], pooled: tuple[int, int], scale: float, settings: Settings
+) -> list[Tensor]:
+    """`rows` of `boxes [K, 5]`, in pieces of some `SAMPLES` samples, so that no crowd of huge boxes fills memory.
+
+    None of them if there is nothing to sample: no rows, or no pixels.
+    """
+    if not len(rows) or not all(level):
+        return []
+    if settings.sampling_ratio > 0:
+        return list(rows.split(max(1, SAMPLES // (settings.sampling_ratio**2 * pooled[0] * pooled[1]))))
+    # A bin of n pixels has up to n + 1 samples along an axis, and at most two for each pixel of the level are visited.
+    bins = boxes.new_tensor([pooled[1], pooled[0]])
+    extent = boxes.new_tensor([level[2], level[1]])
+    side = (boxes[rows, 3:] - boxes[rows, 1:3]).abs() * scale
+    samples = (side + bins).minimum((2 * extent + 2 * _MARGIN) * bins).prod(1).long()
+    _, sizes = torch.unique_consecutive(samples.cumsum(0) // SAMPLES, return_counts=True)
+    return list(rows.split(sizes.tolist()))
+
+
+def sample_boxes(
+    boxes: Tensor,
+    level: tuple[int, int, int],
+    pooled: tuple[int, int],
+    scale: float,
+    settings: Settings,
+    mean: bool,
+) -> Samples:
+    """All samples of `boxes [K, 5]` on a level of N x H x W pixels."""
+    images, height, width = level
+    ratio, aligned = settings.sampling_ratio, settings.aligned
+    x1, y1, x2, y2 = (boxes[:, 1:] * scale - (0.5 if aligned else 0.0)).unbind(1)
+    rows = _axis(y1, y2, pooled[0], height, ratio, aligned, mean)
+    columns = _axis(x1, x2, pooled[1], width, ratio, aligned, mean)
+    device = boxes.device
+    if ratio > 0:  # as many samples everywhere: their numbers need no division
+        shape = (len(boxes), *pooled, ratio, ratio)
+        row = torch.arange(len(boxes) * pooled[0] * ratio, device=device)
+        column = torch.arange(len(boxes) * pooled[1] * ratio, device=device)
+        row = row.view(-1, pooled[0], 1, ratio, 1).expand(shape).flatten()
+        column = column.view(-1, 1, pooled[1], 1, ratio).expand(shape).flatten()
+        bins = shape[0] * shape[1] * shape[2]
+        bin = torch.arange(bins, device=device)[:, None].expand(-1, ratio * ratio).flatten()
+        first = torch.arange(bins + 1, device=device) * ratio**2
+    else:
+        across = columns.visited.view(-1, 1, pooled[1]).expand(-1, pooled[0], -1).flatten()
+        visited = rows.visited.repeat_interleave(pooled[1]) * across
+        first = torch.cat([visited.new_zeros(1), visited.cumsum(0)])
+        bin = torch.repeat_interleave(visited)
+        local, across = torch.arange(len(bin), device=device) - first[bin], across[bin]
+        row = bin // pooled[1]
+        column = row // pooled[0] * pooled[1] + bin % pooled[1]
+        row, column = rows.first[row] + local // across, columns.first[column] + local % across
+    image = boxes[:, :1].long().expand(-1, pooled[0]).flatten().repeat_interleave(rows.visited)
+    narrow = torch.int32 if max(images * height * width, 4 * len(row)) < 2**31 else torch.int64
+    in_table = ((image[:, None] * height + rows.neighbours) * width).to(narrow)
+    pixel = in_table[row][:, :, None] + columns.neighbours.to(narrow)[column][:, None, :]
+    weight = rows.weights[row][:, :, None] * columns.weights[column][:, None, :]
+    return Samples(pixel.flatten(1), weight.flatten(1), bin, first)
+
+
+@jit()
+def size_of(packed):
+    """Height and width out of `_runtime.pack_size`."""
+    return ((packed >> 31) & 0x3FFFFFFF).to(tl.int32), ((packed >> 1) & 0x3FFFFFFF).to(tl.int32)
+
+
+@jit()
+def scaled_box(box, scale, ALIGNED: tl.constexpr):
+    """x1, y1, x2, y2 of the boxes `[image, x1, y1, x2, y2]` at `box`, in pixels of a level."""
+    shift: tl.constexpr = 0.5 if ALIGNED else 0.0
+    x1 = tl.load(box + 1) * scale - shift
+    y1 = tl.load(box + 2) * scale - shift
+    x2 = tl.load(box + 3) * scale - shift
+    y2 = tl.load(box + 4) * scale - shift
+    return x1, y1, x2, y2
+
+
+@jit()
+def finite_box(x1, y1, x2, y2):
+    """Whether the sides are finite, and with them the corners; subtracted from itself, infinity is NaN."""
+    width, height = x2 - x1, y2 - y1
+    return (width - width == 0) & (height - height == 0)
+
+
+@jit()
+def level_of(box, num_images, THRESHOLDS: tl.constexpr, LEVELS: tl.constexpr):
+    """Image and level of the boxes at `box`, and whether they are pooled; THRESHOLDS are float64 bits."""
+    image = tl.load(box)
+    x1, y1, x2, y2 = tl.load(box + 1), tl.load(box + 2), tl.load(box + 3), tl.load(box + 4)
+    pooled = (image >= 0) & (image < num_images) & finite_box(x1, y1, x2, y2)
+    level = (image * 0).to(tl.int32)
+    if LEVELS > 1:
+        area = (x2 - x1) * (y2 - y1)
+        for boundary in tl.static_range(len(THRESHOLDS)):
+            threshold = float_of(tl.full([], THRESHOLDS[boundary], tl.int64), area.dtype)
+            level += (area >= threshold).to(tl.int32)
+        pooled &= (area >= 0) & (level < LEVELS)
+    return tl.where(pooled, image, 0).to(tl.int64), tl.where(pooled, level, 0), pooled
+
+
+@jit()
+def sample_axis(start, end, p, extent, BINS: tl.constexpr, RATIO: tl.constexpr, ALIGNED: tl.constexpr):
+    """Of bins p along an axis: start, bin size, grid, and the skipped and visited samples (`_Axis`)."""
+    size = end - start
+    if not ALIGNED:
+        size = tl.maximum(size, 1.0)
+    bin = divide(size, BINS * 1.0)
+    base = start + p * bin
+    if RATIO > 0:
+        grid = bin * 0 + RATIO
+        skipped = base * 0
+        visited = skipped + RATIO
+    else:
+        grid = tl.maximum(tl.ceil(bin), 0.0)
+        step = divide(bin, tl.maximum(grid, 1.0))
+        safe = tl.where(grid > 0, step, 1.0)
+        skipped = tl.minimum(tl.maximum(tl.floor(divide(-1 - base, safe) - 2), 0.0), grid)
+        end_visit = tl.minimum(tl.maximum(tl.ceil(divide(extent - base, safe) + 2), skipped), grid)
+        visited = end_visit - skipped
+    return base, bin, grid, skipped, visited
+
+
+@jit()
+def position_of(base, bin, grid, sample, extent):
+    """Where a sample falls, clamped to the level's pixel centres, and whether it was inside."""
+    position = base + divide((sample + 0.5) * bin, grid)
+    inside = (position >= -1) & (position <= extent)
+    return tl.minimum(tl.maximum(position, 0.0), (extent - 1).to(base.dtype)), inside
+
+
+@jit()
+def neighbours(base, bin, grid, sample, extent):
+    """Low and high neighbour of a sample along an axis, and their weights (0 outside the level)."""
+    position, inside = position_of(base, bin, grid, sample, extent)
+    low = position.to(tl.int32)
+    fraction = position - low
+    high = tl.minimum(low + 1, extent - 1)
+    return low, high, tl.where(inside, 1 - fraction, 0.0), tl.where(inside, fraction, 0.0)

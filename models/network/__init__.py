@@ -1,0 +1,1 @@
+"""The network: a file for each part of figure 1."""

@@ -1,0 +1,29 @@
+"""Feature pyramid network (Lin et al. 2017)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.config import FPNConfig
+from models.network.layers import BY_INPUTS, ConvNorm, initialise
+
+
+class FPN(nn.Module):
+    """Coarse maps, upsampled, are added to finer ones; P6 is P5 subsampled."""
+
+    def __init__(self, config: FPNConfig, in_channels: Sequence[int]) -> None:
+        super().__init__()
+        self.lateral = nn.ModuleList(ConvNorm(channels, config.channels, 1, config.norm) for channels in in_channels)
+        self.output = nn.ModuleList(ConvNorm(config.channels, config.channels, 3, config.norm) for _ in in_channels)
+        initialise(self, BY_INPUTS)
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """P2..P6, finest first, from C2..C5."""
+        inner = [lateral(feature) for lateral, feature in zip(self.lateral, maps, strict=True)]
+        for i in range(len(inner) - 1, 0, -1):
+            inner[i - 1] = inner[i - 1] + F.interpolate(inner[i], size=inner[i - 1].shape[-2:])
+        pyramid = [output(feature) for output, feature in zip(self.output, inner, strict=True)]
+        return [*pyramid, F.max_pool2d(pyramid[-1], 1, stride=2)]

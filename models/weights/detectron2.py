@@ -1,0 +1,102 @@
+"""detectron2's weights: Faster, Mask and Keypoint R-CNN of its model zoo, with an FPN or on a C4."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from models.config import InputConfig, ModelConfig, PoolingConfig
+from models.weights.architecture import Weights, network_of
+from models.weights.categories import categories_for
+
+# Modules of detectron2's detectors, the ResNet excepted, and ours; a norm is inside of its convolution.
+_CONVS = {
+    **{f"backbone.fpn_lateral{i + 2}": f"fpn.lateral.{i}" for i in range(4)},
+    **{f"backbone.fpn_output{i + 2}": f"fpn.output.{i}" for i in range(4)},
+    **{f"roi_heads.box_head.conv{i + 1}": f"box_head.convs.{i}" for i in range(4)},
+    **{f"roi_heads.mask_head.mask_fcn{i + 1}": f"mask_head.convs.{i}" for i in range(4)},
+    **{f"roi_heads.keypoint_head.conv_fcn{i + 1}": f"keypoint_head.convs.{i}" for i in range(8)},
+    "proposal_generator.rpn_head.conv": "rpn.convs.0",
+    **{f"proposal_generator.rpn_head.conv.conv{i}": f"rpn.convs.{i}" for i in range(2)},
+}
+_MODULES = {
+    **{theirs: f"{ours}.conv" for theirs, ours in _CONVS.items()},
+    **{f"{theirs}.norm": f"{ours}.norm" for theirs, ours in _CONVS.items()},
+    "proposal_generator.rpn_head.objectness_logits": "rpn.objectness",
+    "proposal_generator.rpn_head.anchor_deltas": "rpn.deltas",
+    "roi_heads.box_head.fc1": "box_head.fcs.0",
+    "roi_heads.box_head.fc2": "box_head.fcs.1",
+    "roi_heads.box_predictor.cls_score": "box_head.class_logits",
+    "roi_heads.box_predictor.bbox_pred": "box_head.deltas",
+    "roi_heads.mask_head.deconv": "mask_head.deconv",
+    "roi_heads.mask_head.predictor": "mask_head.mask_logits",
+    "roi_heads.keypoint_head.score_lowres": "keypoint_head.deconv",
+}
+_RESNET = re.compile(r"backbone\.(?:bottom_up\.)?(stem|res[2-5]\.\d+)\.(conv[123]|shortcut)(\.norm)?\.(\w+)")
+_RES5_HEAD = re.compile(r"roi_heads\.res5\.(\d+)\.(conv[123]|shortcut)(\.norm)?\.(\w+)")
+_LAYERS = {"conv1": ("conv1", "bn1"), "conv2": ("conv2", "bn2"), "conv3": ("conv3", "bn3")}
+_LAYERS["shortcut"] = ("downsample.0", "downsample.1")
+# Constants, which older versions of detectron2 kept among the weights; the pixels' are read, below
+_CONSTANTS = ("proposal_generator.anchor_generator.", "pixel_mean", "pixel_std")
+
+
+def convert(state: Mapping[str, Tensor]) -> Weights:
+    """A detector's state dict, with the conventions of the configurations that the model zoo publishes.
+
+    A state dict does not tell how its images were normalised or where its bottlenecks stride. ResNets of the zoo
+    follow the original one: pixels minus their mean, the stride in the 1x1 convolution. ResNeXts have pixels of unit
+    variance and the stride in the 3x3 convolution. Both read BGR.
+    """
+    tensors = {_rename(name): tensor for name, tensor in state.items() if not name.startswith(_CONSTANTS)}
+    for leaf in ("weight", "bias"):  # their background comes last
+        name = f"box_head.class_logits.{leaf}"
+        tensors[name] = tensors[name].roll(1, 0)
+    # The oldest files have batch norms' scale and shift alone, the statistics multiplied in
+    for name in [name for name in tensors if re.search(r"(bn\d|downsample\.1)\.weight$", name)]:
+        prefix = name.removesuffix("weight")
+        tensors.setdefault(f"{prefix}running_mean", torch.zeros_like(tensors[name]))
+        tensors.setdefault(f"{prefix}running_var", torch.ones_like(tensors[name]))
+    config = _conventions(network_of(tensors), state)
+    return Weights(tensors, config, categories_for(config.classes, config.keypoint and config.keypoint.keypoints))
+
+
+def _conventions(network: ModelConfig, state: Mapping[str, Tensor]) -> ModelConfig:
+    resnext = network.backbone.groups > 1
+    mean, std = (103.53, 116.28, 123.675), (57.375, 57.12, 58.395) if resnext else (1.0, 1.0, 1.0)
+    if "pixel_mean" in state:
+        mean, std = (tuple(state[name].flatten().tolist()) for name in ("pixel_mean", "pixel_std"))
+    config = replace(
+        network,
+        input=InputConfig(pixel_mean=mean, pixel_std=std, channels="BGR"),
+        backbone=replace(network.backbone, stride_in_1x1=not resnext),
+        pooling=PoolingConfig(sampling_ratio=0, aligned=True, level_rounding="detectron2"),
+        box=replace(network.box, min_box_size=0.0),
+    )
+    if config.fpn is not None:
+        return config
+    return replace(
+        config,
+        input=replace(config.input, divisor=1),
+        rpn=replace(config.rpn, pre_nms_top_k=6000, proposals=1000),
+        box=replace(config.box, resolution=14, res5_stride=2),
+    )
+
+
+def _rename(name: str) -> str:
+    """Our name, or the same where we have none, to be reported."""
+    if match := _RESNET.fullmatch(name):
+        place, layer, norm, leaf = match.groups()
+        ours = _LAYERS[layer][norm is not None]
+        if place == "stem":
+            return f"backbone.{ours}.{leaf}"
+        stage, block = place.removeprefix("res").split(".")
+        return f"backbone.layer{int(stage) - 1}.{block}.{ours}.{leaf}"
+    if match := _RES5_HEAD.fullmatch(name):
+        block, layer, norm, leaf = match.groups()
+        return f"res5.{block}.{_LAYERS[layer][norm is not None]}.{leaf}"
+    module, _, leaf = name.rpartition(".")
+    return f"{_MODULES[module]}.{leaf}" if module in _MODULES else name

@@ -1,0 +1,79 @@
+"""torchvision's weights: Faster, Mask and Keypoint R-CNN of both generations, and ImageNet backbones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import Tensor
+
+from models.config import ModelConfig, PoolingConfig
+from models.weights.architecture import Weights, backbone_of, network_of
+from models.weights.categories import categories_for
+
+# Modules of torchvision's detectors, the backbone excepted, and ours.
+_MODULES = {
+    **{f"backbone.fpn.inner_blocks.{i}.0": f"fpn.lateral.{i}.conv" for i in range(4)},
+    **{f"backbone.fpn.inner_blocks.{i}.1": f"fpn.lateral.{i}.norm" for i in range(4)},
+    **{f"backbone.fpn.layer_blocks.{i}.0": f"fpn.output.{i}.conv" for i in range(4)},
+    **{f"backbone.fpn.layer_blocks.{i}.1": f"fpn.output.{i}.norm" for i in range(4)},
+    **{f"rpn.head.conv.{i}.0": f"rpn.convs.{i}.conv" for i in range(2)},
+    "rpn.head.cls_logits": "rpn.objectness",
+    "rpn.head.bbox_pred": "rpn.deltas",
+    "roi_heads.box_head.fc6": "box_head.fcs.0",
+    "roi_heads.box_head.fc7": "box_head.fcs.1",
+    **{f"roi_heads.box_head.{i}.0": f"box_head.convs.{i}.conv" for i in range(4)},
+    **{f"roi_heads.box_head.{i}.1": f"box_head.convs.{i}.norm" for i in range(4)},
+    "roi_heads.box_head.5": "box_head.fcs.0",
+    "roi_heads.box_predictor.cls_score": "box_head.class_logits",
+    "roi_heads.box_predictor.bbox_pred": "box_head.deltas",
+    **{f"roi_heads.mask_head.{i}.0": f"mask_head.convs.{i}.conv" for i in range(4)},
+    **{f"roi_heads.mask_head.{i}.1": f"mask_head.convs.{i}.norm" for i in range(4)},
+    "roi_heads.mask_predictor.conv5_mask": "mask_head.deconv",
+    "roi_heads.mask_predictor.mask_fcn_logits": "mask_head.mask_logits",
+    **{f"roi_heads.keypoint_head.{2 * i}": f"keypoint_head.convs.{i}.conv" for i in range(8)},
+    "roi_heads.keypoint_predictor.kps_score_lowres": "keypoint_head.deconv",
+    # as torchvision named them before 0.13, and the published files of the first generation still do
+    **{f"backbone.fpn.inner_blocks.{i}": f"fpn.lateral.{i}.conv" for i in range(4)},
+    **{f"backbone.fpn.layer_blocks.{i}": f"fpn.output.{i}.conv" for i in range(4)},
+    "rpn.head.conv": "rpn.convs.0.conv",
+    **{f"roi_heads.mask_head.mask_fcn{i + 1}": f"mask_head.convs.{i}.conv" for i in range(4)},
+}
+
+
+def convert_detector(state: Mapping[str, Tensor]) -> Weights:
+    """A detector's state dict. The model must be torchvision's but for its classes, keypoints and ResNet.
+
+    A state dict does not hold the epsilon of its batch norms. Trainable ones (all of the second generation) have
+    1e-5. Of frozen ones it is 0 in the published files, in what `weights="DEFAULT"` builds from them, and in what is
+    fine-tuned from that, which is why it is 0 here; where a user trained from an ImageNet backbone it is 1e-5.
+    """
+    tensors = {_rename(name): tensor for name, tensor in state.items()}
+    # The background has a box and a mask too, which nothing ever trained or read
+    for name, rows in (("box_head.deltas", 4), ("mask_head.mask_logits", 1)):
+        for key in (f"{name}.weight", f"{name}.bias"):
+            if key in tensors:
+                tensors[key] = tensors[key][rows:]
+    network = network_of(tensors)
+    config = replace(
+        network,
+        backbone=replace(network.backbone, norm_eps=0.0 if network.backbone.norm == "frozen" else 1e-5),
+        rpn=replace(network.rpn, anchors=replace(network.rpn.anchors, rounded=True)),
+        pooling=PoolingConfig(sampling_ratio=2, aligned=False, level_rounding="torchvision"),
+        mask=network.mask and replace(network.mask, paste="torchvision"),
+    )
+    return Weights(tensors, config, categories_for(config.classes, config.keypoint and config.keypoint.keypoints))
+
+
+def convert_backbone(state: Mapping[str, Tensor]) -> Weights:
+    """An ImageNet classifier's state dict, without the classifier."""
+    tensors = {f"backbone.{name}": tensor for name, tensor in state.items() if not name.startswith("fc.")}
+    return Weights(tensors, ModelConfig(backbone=backbone_of(tensors)), categories=None)
+
+
+def _rename(name: str) -> str:
+    """Our name, or the same where we have none, to be reported."""
+    if name.startswith("backbone.body."):
+        return name.replace("backbone.body.", "backbone.")
+    module, _, leaf = name.rpartition(".")
+    return f"{_MODULES[module]}.{leaf}" if module in _MODULES else name
