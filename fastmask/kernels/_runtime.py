@@ -1,4 +1,4 @@
-"""What every kernel file needs: Triton where there is one, registration, launching, numbers passed exactly.
+"""What every operator needs: Triton where there is one, registration with PyTorch, launching, numbers passed exactly.
 
 One switch decides what runs, and it is Triton's own: kernels on an accelerator; references on CPU tensors;
 kernels on CPU tensors too, interpreted, when `TRITON_INTERPRET=1` was set before the import.
@@ -9,15 +9,17 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, TypeAlias
+from functools import wraps
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 if TYPE_CHECKING:
 
     class _Language(Any):
-        """Triton's language, whose names mean inside a kernel what no type checker can tell."""
+        """Triton's language: inside a kernel its names have meanings that no type checker knows."""
 
         constexpr: TypeAlias = Any
 
@@ -30,8 +32,25 @@ else:
     except ImportError:  # no wheel for this system (macOS): CPU tensors take the references
         triton = tl = None
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 LIBRARY = torch.library.Library("fastmask", "DEF")
+LAUNCHERS: dict[str, Callable[..., Any]] = {}  # by the operator's name: what runs on accelerators
 INTERPRETED: bool = triton is not None and triton.knobs.runtime.interpret
+
+Size: TypeAlias = int  # in a spec: a number that `torch.compile` may keep symbolic
+
+# From a spec field's annotation to its type in an operator's schema.
+_SCHEMA_TYPES = {
+    "Size": "SymInt",
+    "int": "int",
+    "float": "float",
+    "float | None": "float?",
+    "bool": "bool",
+    "str": "str",
+    "list[float]": "float[]",
+}
 
 
 def jit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
@@ -47,17 +66,30 @@ def register(
     fake: Callable[..., Any],
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
+    spec: type[Any] | None = None,
 ) -> Callable[..., Any]:
     """Define `fastmask::<schema>` and return its overload.
 
-    `launch` runs on accelerators, `reference` on the CPU unless kernels are interpreted. `fake` gives the
-    output's shape, dtype and layout from the inputs' alone. `backward` and `setup_context` are those of
-    `torch.library.register_autograd`.
-
     Autocast passes through: operators take half-precision features beside float32 boxes as they are and
     accumulate in float32, so there is nothing to cast.
+
+    Args:
+        schema: the operator's; `*spec` stands for the fields of `spec`.
+        reference: runs on the CPU, unless kernels are interpreted.
+        launch: runs on accelerators.
+        fake: gives the output's shape, dtype and layout from the inputs' alone.
+        backward, setup_context: as for `torch.library.register_autograd`. `backward` returns the gradients of
+            the arguments before the spec.
+        spec: a `NamedTuple` of the settings that travel together. Operators take its fields as their last
+            arguments (`operator(tensor, *spec)`); every function above takes the tuple as its last argument.
     """
+    if spec is not None:
+        schema = schema.replace("*spec", _schema_of(spec))
+        reference, launch, fake = (_with_spec(function, spec) for function in (reference, launch, fake))
+        backward = backward and _without_gradient_of(backward, spec)
+        setup_context = setup_context and _context_with_spec(setup_context, spec)
     name = LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
+    LAUNCHERS[name] = launch
     LIBRARY.impl(name, launch if INTERPRETED else reference, "CPU")
     for device in ("CUDA", "XPU") if triton else ():  # ROCm answers to CUDA
         LIBRARY.impl(name, launch, device)
@@ -69,11 +101,58 @@ def register(
     return getattr(torch.ops.fastmask, name).default
 
 
+def _schema_of(spec: type[Any]) -> str:
+    fields = ((field, spec.__annotations__[field]) for field in spec._fields)
+    return ", ".join(f"{_SCHEMA_TYPES[getattr(kind, '__forward_arg__', kind)]} {field}" for field, kind in fields)
+
+
+def _with_spec(function: Callable[..., Any], spec: type[Any]) -> Callable[..., Any]:
+    count = len(spec._fields)
+    return wraps(function)(lambda *args: function(*args[:-count], spec(*args[-count:])))
+
+
+def _context_with_spec(setup_context: Callable[..., None], spec: type[Any]) -> Callable[..., None]:
+    count = len(spec._fields)
+    return lambda ctx, inputs, output: setup_context(ctx, (*inputs[:-count], spec(*inputs[-count:])), output)
+
+
+def _without_gradient_of(backward: Callable[..., Any], spec: type[Any]) -> Callable[..., Any]:
+    return lambda ctx, *grads: (*backward(ctx, *grads), *(None for _ in spec._fields))
+
+
+def overridable(function: Callable[P, T]) -> Callable[P, T]:
+    """Let tensor-like arguments override a public function (`__torch_function__`), as they can PyTorch's own.
+
+    Symbolic tracing with `torch.fx` then records one call of the function.
+    """
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        relevant: list[Any] = []
+        for value in (*args, *kwargs.values()):
+            relevant.extend(value) if isinstance(value, list | tuple) else relevant.append(value)
+        if has_torch_function(tuple(relevant)):
+            return handle_torch_function(call, tuple(relevant), *args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call
+
+
 def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Make the tensor's device current: Triton launches on the current one, whatever its arguments."""
+    """Make the tensor's device current: Triton launches on the current device, whatever its arguments."""
     if tensor.device.type in ("cpu", "meta"):
         return nullcontext()
     return torch.accelerator.device_index(tensor.device.index)
+
+
+def ceil_div(numerator: int, denominator: int) -> int:
+    """Quotient rounded up; `triton.cdiv` costs 4 us a call on the host."""
+    return -(-numerator // denominator)
+
+
+def next_power_of_2(number: int) -> int:
+    """The least power of two >= `number`; `triton.next_power_of_2` costs 5 us a call on the host."""
+    return 1 << (number - 1).bit_length() if number > 1 else 1
 
 
 def float64_bits(value: float) -> int:
@@ -82,25 +161,25 @@ def float64_bits(value: float) -> int:
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What coordinates and sums are kept in: float64 for float64 features, float32 for all others."""
+    """The dtype of coordinates and sums: float64 for float64 features, float32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def triton_dtype(dtype: torch.dtype) -> Any:
+    """Triton's name of `compute_dtype`: kernels take it as their constant `COMPUTE`."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
 @jit()
-def float_of(bits, dtype: tl.constexpr):
-    """The float that `float64_bits` made an integer of, rounded to `dtype`."""
-    return bits.to(tl.int64).to(tl.float64, bitcast=True).to(dtype)
+def float_of(bits, COMPUTE: tl.constexpr):
+    """The float whose `float64_bits` are an integer, rounded to `COMPUTE`."""
+    return bits.to(tl.int64).to(tl.float64, bitcast=True).to(COMPUTE)
 
 
 @jit()
 def divide(x, y):
     """Rounded to nearest: Triton's `/` is approximate in float32, and its `div_rn` takes nothing wider."""
     return x / y if x.dtype == tl.float64 else tl.div_rn(x, y)
-
-
-def triton_dtype(dtype: torch.dtype) -> Any:
-    """What kernels compute in: Triton's name of `compute_dtype`."""
-    return tl.float64 if dtype == torch.float64 else tl.float32
 
 
 def pack_size(height: int, width: int) -> int:
