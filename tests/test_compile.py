@@ -1,4 +1,4 @@
-"""The compile gate: no GPU, every kernel variant of the default workload, every architecture."""
+"""The compile gate: no GPU, every kernel variant of the declared workloads, every architecture."""
 
 from dataclasses import replace
 
@@ -6,28 +6,24 @@ import pytest
 import torch
 from triton.runtime.jit import JITFunction
 
-from benchmarks.reporting import compile_report
-from benchmarks.reporting.compile_report import (
-    COMMAND,
-    DOCUMENT,
-    TARGETS,
-    Limit,
-    Row,
-    document,
-    measure,
-    section,
-    violations,
-)
+from benchmarks.harness.operators import Call, Limit, Operator, operators
+from benchmarks.reporting.compile_report import COMMAND, DOCUMENT, TARGETS, Row, document, measure, section, violations
 from fastmask.kernels._runtime import jit, tl, triton
 
 pytestmark = pytest.mark.reference_only
 
 
+def declared(cases, limits=None):
+    """A declaration of compile cases, functions that launch kernels, and limits alone."""
+    calls = {name: lambda launch=launch: Call(launch, {}) for name, launch in cases.items()}
+    return {"operator": Operator(lambda _, __: [], calls, limits or {}, lambda _, __: None)}
+
+
 @pytest.mark.parametrize("architecture", TARGETS)
 def test_kernels_keep_their_limits_and_the_committed_table(architecture):
-    rows = measure(architecture)
+    rows = measure(architecture, operators())
     table = section(architecture, rows)
-    if broken := violations(rows):
+    if broken := violations(rows, operators()):
         pytest.fail("\n".join([*broken, "", table]), pytrace=False)
     if table not in DOCUMENT.read_text():
         pytest.fail(f"not the committed table: run `{COMMAND}` and review its diff\n\n{table}", pytrace=False)
@@ -37,22 +33,23 @@ def test_the_committed_table_is_of_this_triton():
     assert DOCUMENT.read_text().startswith(document([])), f"run `{COMMAND}` and review its diff"
 
 
-def test_triton_is_left_as_it_was(monkeypatch):
+def test_triton_and_the_operators_are_left_as_they_were():
     def fail():
         assert triton.runtime.driver.active.get_current_target() == TARGETS["gfx942"]
         raise FileNotFoundError
 
+    call = next(iter(next(iter(operators().values())).compile_cases.values()))
     before = triton.runtime.driver._active, JITFunction.run
-    monkeypatch.setattr(compile_report, "WORKLOAD", [("failure", fail)])
     with pytest.raises(FileNotFoundError):
-        measure("gfx942")
+        measure("gfx942", declared({"failure": fail}))
     assert (triton.runtime.driver._active, JITFunction.run) == before
+    assert all(result.is_meta for result in call().run())  # by the fake implementation, without a driver
 
 
 @jit()
-def _offending_kernel(source, sums, size, block: tl.constexpr):
+def _offending_kernel(source, sums, size, BLOCK: tl.constexpr):
     """Strided loads that must all be live at once, more than there are registers; and an atomic sum."""
-    index = tl.arange(0, block)
+    index = tl.arange(0, BLOCK)
     values = tl.load(source + index * size)
     for i in range(size):
         values += tl.load(source + i) * values
@@ -61,13 +58,12 @@ def _offending_kernel(source, sums, size, block: tl.constexpr):
 
 # As many values a thread as it can have registers.
 @pytest.mark.parametrize(("architecture", "block"), [("sm_90", 256 * 32), ("gfx942", 512 * 64)])
-def test_offences_are_measured(architecture, block, monkeypatch):
+def test_offences_are_measured(architecture, block):
     def launch():
         source = torch.empty(1 << 20, device="meta")
-        _offending_kernel[(1,)](source, source, 35, block=block, num_warps=1)
+        _offending_kernel[(1,)](source, source, 35, BLOCK=block, num_warps=1)
 
-    monkeypatch.setattr(compile_report, "WORKLOAD", [("offence", launch)])
-    (row,) = measure(architecture)
+    (row,) = measure(architecture, declared({"offence": launch}))
     assert (row.kernel, row.cases, row.warps) == ("_offending_kernel", ("offence",), 1)
     assert row.spills > 0
     assert row.stack > 0
@@ -77,24 +73,20 @@ def test_offences_are_measured(architecture, block, monkeypatch):
 
 
 @jit()
-def _copying_kernel(source, target, block: tl.constexpr):
-    index = tl.program_id(0) * block + tl.arange(0, block)
+def _copying_kernel(source, target, BLOCK: tl.constexpr):
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(target + index, tl.load(source + index))
 
 
 @pytest.mark.parametrize(("architecture", "threads"), [("sm_80", 128), ("sm_100", 128), ("gfx942", 256)])
-def test_wide_accesses_are_recognised(architecture, threads, monkeypatch):
+def test_wide_accesses_are_recognised(architecture, threads):
     def launch(source):
-        _copying_kernel[(1,)](source, source, block=4 * threads)
+        _copying_kernel[(1,)](source, source, BLOCK=4 * threads)
 
     aligned = torch.empty(1 << 20, device="meta")
     shifted = torch.empty(1 << 20, device="meta")[1:]
-    monkeypatch.setattr(
-        compile_report,
-        "WORKLOAD",
-        [("aligned", lambda: launch(aligned)), ("shifted", lambda: launch(shifted))],
-    )
-    wide, narrow = measure(architecture)
+    cases = {"aligned": lambda: launch(aligned), "shifted": lambda: launch(shifted)}
+    wide, narrow = measure(architecture, declared(cases))
     assert (wide.cases, wide.wide_loads, wide.narrow_loads) == (("aligned",), 1, 0)
     assert (wide.wide_stores, wide.narrow_stores) == (1, 0)
     assert (narrow.cases, narrow.wide_loads, narrow.narrow_loads) == (("shifted",), 0, 4)
@@ -105,6 +97,7 @@ CLEAN = Row(
     architecture="sm_90",
     kernel="kernel",
     cases=("case",),
+    limit=Limit(64, wide_loads=True, wide_stores=True),
     registers=64,
     spills=0,
     stack=0,
@@ -125,24 +118,31 @@ CLEAN = Row(
     ("change", "expected"),
     [
         ({"registers": 65}, ["kernel (case) on sm_90: 65 registers, budget 64"]),
-        ({"registers": 65, "architecture": "gfx942"}, []),
-        ({"registers": 97, "architecture": "gfx942"}, ["kernel (case) on gfx942: 97 registers, budget 96"]),
+        ({"registers": 65, "limit": Limit(96)}, []),
         ({"spills": 3}, ["kernel (case) on sm_90: 3 spills, 0 bytes of stack"]),
         ({"stack": 8}, ["kernel (case) on sm_90: 0 spills, 8 bytes of stack"]),
         ({"atomics": 2}, ["kernel (case) on sm_90: 2 atomics, whose order is not deterministic"]),
         ({"wide_loads": 0, "narrow_loads": 8}, ["kernel (case) on sm_90: no 128-bit load, 8 narrower"]),
         ({"wide_stores": 0, "narrow_stores": 8}, ["kernel (case) on sm_90: no 128-bit store, 8 narrower"]),
-        (
-            {"kernel": "other"},
-            [
-                "other (case) on sm_90: 64 registers, budget 0",
-                "kernel: has limits, but nothing in WORKLOAD launches it",
-            ],
-        ),
+        ({"kernel": "other"}, ["kernel: has limits, but no compile case launches it"]),
     ],
 )
-def test_each_limit_is_enforced(change, expected, monkeypatch):
-    limits = {backend: Limit(registers, True, True) for backend, registers in (("cuda", 64), ("hip", 96))}
-    monkeypatch.setattr(compile_report, "LIMITS", {"kernel": limits})
-    assert violations([CLEAN]) == []
-    assert violations([replace(CLEAN, **change)]) == expected
+def test_each_limit_is_enforced(change, expected):
+    operator = declared({}, {"kernel": {"cuda": CLEAN.limit}})
+    assert violations([CLEAN], operator) == []
+    assert violations([replace(CLEAN, **change)], operator) == expected
+
+
+@pytest.mark.parametrize(
+    ("architecture", "limits", "budget"),
+    [
+        ("sm_80", {"cuda": Limit(64), "hip": Limit(96)}, 64),
+        ("gfx942", {"cuda": Limit(64), "hip": Limit(96)}, 96),
+        ("sm_80", {}, 0),  # without a limit nothing is allowed
+    ],
+)
+def test_limits_are_those_of_the_kernel_and_the_backend(architecture, limits, budget):
+    source = torch.empty(1 << 20, device="meta")
+    launch = {"case": lambda: _copying_kernel[(1,)](source, source, BLOCK=512)}
+    (row,) = measure(architecture, declared(launch, {"_copying_kernel": limits} if limits else {}))
+    assert row.limit.registers == budget

@@ -1,12 +1,12 @@
-"""What the kernels of the default workload compile to, without a GPU, and the limits that they must keep.
+"""What the kernels of the declared workloads compile to, without a GPU, and the limits that they must keep.
 
-    python -m benchmarks.reporting.compile_report
+    python -m benchmarks compile
 
 rewrites docs/compile_report.md and exits with 1 if a kernel breaks a limit.
 
-The library's own launchers run on meta tensors of full size while Triton's driver only names a target, so the
-launch code alone decides which variants exist. Meta tensors have address 0: pointers are specialised as
-16-byte aligned, as they are for what PyTorch's allocator returns.
+Public functions are called on meta tensors of full size, which go to the operators' own launchers, while Triton's
+driver only names a target: the launch code alone decides which variants exist. Meta tensors have address 0: pointers
+are specialised as 16-byte aligned, as they are for what PyTorch's allocator returns.
 """
 
 from __future__ import annotations
@@ -15,32 +15,26 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 import triton
-from torch import Tensor
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
-from benchmarks.harness.workloads import STRIDES
-from fastmask.kernels.nms import _launch_nms_padded
-from fastmask.kernels.paste_masks import _launch_paste_masks
-from fastmask.kernels.roi_align import _launch_roi_align
-from fastmask.kernels.roi_align.backward import _launch_roi_align_backward
-from fastmask.kernels.roi_pool import _launch_roi_pool
-from fastmask.kernels.roi_pool.backward import _launch_roi_pool_backward
+from benchmarks.harness.operators import Limit, Operator, operators
+from fastmask.kernels._runtime import LAUNCHERS
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "compile_report.md"
-COMMAND = "python -m benchmarks.reporting.compile_report"
+COMMAND = "python -m benchmarks compile"
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -48,7 +42,6 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -57,7 +50,8 @@ class Row:
 
     architecture: str
     kernel: str
-    cases: tuple[str, ...]  # of the workload, those that launch this variant
+    cases: tuple[str, ...]  # of the workloads, those that launch this variant
+    limit: Limit
     registers: int  # per thread; of gfx942 the vector registers
     spills: int  # local loads and stores; on gfx942 spilled registers and scratch accesses
     stack: int  # bytes per thread
@@ -71,97 +65,6 @@ class Row:
     barriers: int
     shuffles: int
     matrix: int  # matrix-multiply instructions
-
-
-@dataclass(frozen=True)
-class Limit:
-    """A register budget, and whether the design promises 128-bit accesses to global memory."""
-
-    registers: int
-    wide_loads: bool = False
-    wide_stores: bool = False
-
-
-# By Triton's backend: all NVIDIA architectures share a limit. Budgets are what the largest variant needs,
-# rounded up to the 8 registers that hardware allocates. 16 bytes a thread are promised for warps of 32.
-LIMITS = {
-    "_list_boxes_kernel": {"cuda": Limit(32), "hip": Limit(40)},
-    "_paste_masks_kernel": {"cuda": Limit(80, wide_stores=True), "hip": Limit(56)},
-    "_roi_align_backward_kernel": {
-        "cuda": Limit(232, wide_loads=True, wide_stores=True),
-        "hip": Limit(152, wide_loads=True),
-    },
-    "_roi_align_forward_kernel": {
-        "cuda": Limit(168, wide_loads=True, wide_stores=True),
-        "hip": Limit(88, wide_loads=True, wide_stores=True),
-    },
-    "_roi_pool_backward_kernel": {"cuda": Limit(80, wide_stores=True), "hip": Limit(56, wide_stores=True)},
-    "_roi_pool_kernel": {
-        "cuda": Limit(112, wide_loads=True, wide_stores=True),
-        "hip": Limit(56, wide_loads=True, wide_stores=True),
-    },
-    "scan_bits_kernel": {"cuda": Limit(112), "hip": Limit(64)},
-    "scan_boxes_kernel": {"cuda": Limit(128), "hip": Limit(80)},
-    "suppress_later_kernel": {"cuda": Limit(40), "hip": Limit(24)},
-    "suppression_bits_kernel": {"cuda": Limit(32), "hip": Limit(24)},
-}
-
-
-def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def _roi_align(dtype: torch.dtype, peer: str, images: int, boxes: int, bins: int, backward: bool) -> None:
-    """Box or mask pooling over P2-P5 of an 800 x 1344 image, with a peer's defaults."""
-    sides = [(800 // stride, 1344 // stride) for stride in STRIDES]
-    features = [_meta(images, 256, *side, dtype=dtype).to(memory_format=torch.channels_last) for side in sides]
-    ratio, aligned = {"torchvision": (2, False), "detectron2": (0, True)}[peer]
-    settings = (False, [1 / stride for stride in STRIDES], ratio, aligned, 224.0, 4, peer)
-    output, argmax = _launch_roi_align(features, _meta(boxes, 5), bins, bins, *settings)
-    if backward:
-        sizes = [images, *(pixels for side in sides for pixels in side)]
-        _launch_roi_align_backward(output, _meta(boxes, 5), argmax, sizes, True, *settings)
-
-
-def _roi_pool(dtype: torch.dtype) -> None:
-    """Box pooling of a network without a pyramid, from its stride 16, for training."""
-    features = _meta(1, 1024, 50, 84, dtype=dtype).to(memory_format=torch.channels_last)
-    output, argmax = _launch_roi_pool(features, _meta(512, 5), 7, 7, 1 / 16)
-    _launch_roi_pool_backward(output, _meta(512, 5), argmax, features.shape, 1 / 16, True)
-
-
-def _nms(segments: int, boxes: int, max_output: int, score_threshold: float | None = None) -> None:
-    """Proposals padded to their level's number; or detections by class, above a score."""
-    classes = None if score_threshold is None else _meta(segments, boxes, dtype=torch.int64)
-    counts = _meta(segments, dtype=torch.int64) if segments > 1 else None
-    rectangles, scores = _meta(segments, boxes, 4), _meta(segments, boxes)
-    _launch_nms_padded(rectangles, scores, classes, counts, 0.5, score_threshold, max_output)
-
-
-def _paste(threshold: float | None, convention: str) -> None:
-    _launch_paste_masks(_meta(100, 28, 28), _meta(100, 4), 800, 1333, threshold, convention)
-
-
-WORKLOAD: list[tuple[str, Callable[[], object]]] = [
-    *(
-        (
-            f"{boxes} RoIs {bins}x{bins}, {peer}, {dtype}",
-            partial(_roi_align, DTYPES[dtype], peer, images, boxes, bins, backward=images == 2),
-        )
-        for peer in ("torchvision", "detectron2")
-        for dtype in DTYPES
-        for images, boxes, bins in ((1, 1000, 7), (1, 100, 14), (2, 1024, 7), (2, 256, 14))
-    ),
-    *((f"512 RoIs 7x7, 1024 channels, {dtype}", partial(_roi_pool, DTYPES[dtype])) for dtype in DTYPES),
-    ("NMS of 5x1000", partial(_nms, 5, 1000, 1000)),
-    ("NMS of 5x2000", partial(_nms, 5, 2000, 2000)),
-    ("NMS of 10000", partial(_nms, 1, 10000, 10000)),
-    ("NMS of 80000 by class, 100 kept", partial(_nms, 1, 80000, 100, 0.05)),
-    ("100 masks 28x28, aligned, bool", partial(_paste, 0.5, "aligned")),
-    ("100 masks 28x28, torchvision, bool", partial(_paste, 0.5, "torchvision")),
-    ("100 masks 28x28, aligned, probabilities", partial(_paste, None, "aligned")),
-    ("100 masks 28x28, torchvision, probabilities", partial(_paste, None, "torchvision")),
-]
 
 
 class _Driver:
@@ -180,8 +83,21 @@ class _Driver:
         return 0
 
 
-def compile_workload(architecture: str) -> list[tuple[str, CompiledKernel, list[str]]]:
-    """Kernel name, binary and cases of every variant that the workload launches."""
+@contextmanager
+def _meta_tensors_to_launchers() -> Iterator[None]:
+    library = torch.library.Library("fastmask", "IMPL")
+    for name, launch in LAUNCHERS.items():
+        library.impl(name, launch, "Meta", allow_override=True)
+    try:
+        yield
+    finally:
+        library._destroy()
+
+
+def compile_workloads(
+    architecture: str, declared: Mapping[str, Operator]
+) -> list[tuple[str, CompiledKernel, list[str]]]:
+    """Kernel name, binary and cases of every variant that the declared workloads launch."""
     target = TARGETS[architecture]
     variants: dict[str, tuple[str, CompiledKernel, list[str]]] = {}
     launched: dict[str, tuple[str, CompiledKernel]] = {}
@@ -196,12 +112,14 @@ def compile_workload(architecture: str) -> list[tuple[str, CompiledKernel, list[
     with (
         mock.patch.object(triton.runtime.driver, "_active", _Driver(target)),
         mock.patch.object(JITFunction, "run", compile_only),
+        _meta_tensors_to_launchers(),
     ):
-        for case, launch in WORKLOAD:
-            launched.clear()
-            launch()
-            for key, (name, binary) in launched.items():
-                variants.setdefault(key, (name, binary, []))[2].append(case)
+        for operator in declared.values():
+            for case, call in operator.compile_cases.items():
+                launched.clear()
+                call().run()
+                for key, (name, binary) in launched.items():
+                    variants.setdefault(key, (name, binary, []))[2].append(case)
     return list(variants.values())
 
 
@@ -258,10 +176,12 @@ def _measure_amd(binary: CompiledKernel) -> dict[str, int]:
     }
 
 
-def measure(architecture: str) -> list[Row]:
-    """Compile the workload for one architecture and take every variant's figures."""
-    variants = compile_workload(architecture)
-    figures = _measure_amd if TARGETS[architecture].backend == "hip" else _measure_nvidia
+def measure(architecture: str, declared: Mapping[str, Operator]) -> list[Row]:
+    """Compile the declared workloads for one architecture and take every variant's figures."""
+    variants = compile_workloads(architecture, declared)
+    backend = TARGETS[architecture].backend
+    figures = _measure_amd if backend == "hip" else _measure_nvidia
+    limits = {kernel: limit for operator in declared.values() for kernel, limit in operator.limits.items()}
     with ThreadPoolExecutor() as pool:  # the disassembler is another process
         counted = pool.map(figures, [binary for _, binary, _ in variants])
     rows = [
@@ -269,6 +189,7 @@ def measure(architecture: str) -> list[Row]:
             architecture=architecture,
             kernel=kernel,
             cases=tuple(cases),
+            limit=limits.get(kernel, {}).get(backend, Limit(registers=0)),
             shared=binary.metadata.shared,
             warps=binary.metadata.num_warps,
             **counts,
@@ -278,15 +199,11 @@ def measure(architecture: str) -> list[Row]:
     return sorted(rows, key=lambda row: row.kernel)
 
 
-def _limit(row: Row) -> Limit:
-    return LIMITS.get(row.kernel, {}).get(TARGETS[row.architecture].backend, Limit(registers=0))
-
-
-def violations(rows: list[Row]) -> list[str]:
-    """What breaks a rule or a limit, a sentence each; `rows` are all of one architecture, or of more."""
+def violations(rows: list[Row], declared: Mapping[str, Operator]) -> list[str]:
+    """Every rule or limit that is broken, a sentence each; `rows` are all of one architecture, or of more."""
     found = []
     for row in rows:
-        limit = _limit(row)
+        limit = row.limit
         broken = {
             f"{row.registers} registers, budget {limit.registers}": row.registers > limit.registers,
             f"{row.spills} spills, {row.stack} bytes of stack": row.spills or row.stack,
@@ -296,8 +213,9 @@ def violations(rows: list[Row]) -> list[str]:
         }
         where = f"{row.kernel} ({'; '.join(row.cases)}) on {row.architecture}"
         found += [f"{where}: {what}" for what, is_broken in broken.items() if is_broken]
-    unused = sorted(LIMITS.keys() - {row.kernel for row in rows})
-    return found + [f"{kernel}: has limits, but nothing in WORKLOAD launches it" for kernel in unused]
+    limited = {kernel for operator in declared.values() for kernel in operator.limits}
+    unused = sorted(limited - {row.kernel for row in rows})
+    return found + [f"{kernel}: has limits, but no compile case launches it" for kernel in unused]
 
 
 def section(architecture: str, rows: list[Row]) -> str:
@@ -307,7 +225,7 @@ def section(architecture: str, rows: list[Row]) -> str:
             "kernel": f"`{row.kernel}`",
             "case": "<br>".join(row.cases),
             "registers": row.registers,
-            "budget": _limit(row).registers,
+            "budget": row.limit.registers,
             "spills": row.spills,
             "stack": row.stack,
             "shared": row.shared,
@@ -346,14 +264,11 @@ def main() -> int:
     except RuntimeError as error:  # "Cannot find nvdisasm": not every build of Triton has them
         print(f"{error}: {DOCUMENT} stays as it is", file=sys.stderr)
         return 0
-    rows = {architecture: measure(architecture) for architecture in TARGETS}
+    declared = operators()
+    rows = {architecture: measure(architecture, declared) for architecture in TARGETS}
     DOCUMENT.write_text(document([section(architecture, found) for architecture, found in rows.items()]))
     print(DOCUMENT)
-    broken = list(dict.fromkeys(sentence for found in rows.values() for sentence in violations(found)))
+    broken = list(dict.fromkeys(sentence for found in rows.values() for sentence in violations(found, declared)))
     for sentence in broken:
         print(sentence, file=sys.stderr)
     return int(bool(broken))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
