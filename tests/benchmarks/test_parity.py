@@ -1,17 +1,17 @@
-"""What is taken for the same detections before detectors are timed, and what is not."""
+"""Which detections count as the same before detectors are timed, and which do not."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 
-from benchmarks.harness import detectors
-from benchmarks.harness.detectors import Found, same
+from tests.oracles import detections, detectors
+from tests.oracles.detections import HostDetections, same
 
 pytestmark = [pytest.mark.reference_only, pytest.mark.unpoisoned]
 
 
-def found(exact=True):
+def made_up(exact=True):
     """Eleven by nine squares, labelled in turn, in each a mask and two keypoints."""
     corner = torch.cartesian_prod(torch.arange(11), torch.arange(9)) * 20.0
     boxes = torch.cat([corner, corner + 16], 1)
@@ -19,15 +19,15 @@ def found(exact=True):
     for mask, (x, y) in zip(masks, corner.int().tolist(), strict=True):
         mask[x : x + 16, y : y + 12] = True
     scores = torch.linspace(0.9, 0.1, 99)
-    return Found(boxes, scores, torch.arange(99) % 5, masks, boxes.reshape(99, 2, 2), exact)
+    return HostDetections(boxes, scores, torch.arange(99) % 5, masks, boxes.reshape(99, 2, 2), exact)
 
 
 def test_equals_may_change_places():
     order = torch.arange(99)
     order[[3, 4]] = order[[4, 3]]
-    ours = found()
-    moved = {name: getattr(ours, name)[order] for name in ("boxes", "labels", "masks", "keypoints")}
-    assert same([ours, ours], [replace(ours, **moved), ours])
+    expected = made_up()
+    moved = {name: getattr(expected, name)[order] for name in ("boxes", "labels", "masks", "keypoints")}
+    assert same([expected, expected], [replace(expected, **moved), expected])
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -44,25 +44,25 @@ def test_equals_may_change_places():
     ],
     ids=["boxes", "labels", "scores", "nan", "masks", "keypoints", "number"],
 )
-def test_what_differs_is_not_the_same(change, exact):
-    ours = found(exact)
-    assert not same([ours], [replace(ours, **change(ours))])
+def test_different_detections_are_not_the_same(change, exact):
+    expected = made_up(exact)
+    assert not same([expected], [replace(expected, **change(expected))])
 
 
-def test_rounding_is_forgiven_where_it_happens():
-    ours = found(exact=False)
-    near = replace(ours, boxes=ours.boxes + 1, scores=1.02 * ours.scores, keypoints=ours.keypoints + 1)
-    assert same([ours], [near])
-    assert not same([found()], [replace(near, exact=True)])
+def test_rounding_is_allowed_in_reduced_precision():
+    rounded = made_up(exact=False)
+    near = replace(rounded, boxes=rounded.boxes + 1, scores=1.02 * rounded.scores, keypoints=rounded.keypoints + 1)
+    assert same([rounded], [near])
+    assert not same([made_up()], [replace(near, exact=True)])
 
 
-def test_torchvision_and_ours_find_the_same():
+def test_torchvision_and_fastmask_detect_the_same():
     size = (320, 320)
-    theirs = detectors.torchvisions("R-18-FPN", size)
-    images = [detectors.picture(*size)]
-    expected = detectors.detect(detectors.ours(theirs), images)
-    assert expected[0].exact
-    assert same(expected, detectors.detect_torchvisions(theirs, images))
+    peer = detectors.torchvision_detector("R-18-FPN", size)
+    images = [detectors.textured_image(*size)]
+    result = detections.detect(detectors.fastmask_detector(peer), images)
+    assert result[0].exact
+    assert same(result, detections.detect_torchvision(peer, images))
     with torch.autocast("cpu", torch.bfloat16):
-        (rounded,) = detectors.detect_torchvisions(theirs, images)
+        (rounded,) = detections.detect_torchvision(peer, images)
     assert not rounded.exact

@@ -83,7 +83,8 @@ def detect_torchvision(model: nn.Module, images: Sequence[Tensor]) -> list[HostD
         if "masks" in output:
             with record_function("fastmask::paste"):
                 pixels = output["masks"][:, 0] >= 0.5
-            masks = _encode_one_by_one(pixels)
+            with record_function("fastmask::RLE"):
+                masks = _encode_one_by_one(pixels)
         results.append(
             _on_host(output["boxes"], output["scores"], output["labels"], masks, output.get("keypoints"), exact)
         )
@@ -120,15 +121,13 @@ def _encode(detections: Detections) -> Masks:
         return masks.cpu()
 
 
-@record_function("fastmask::RLE")
 def _encode_one_by_one(masks: Tensor) -> Masks:
     """Masks `[N, H, W]` encoded one by one, as in torchvision's evaluation."""
-    pixels = masks.cpu()
     if not HAS_PYCOCOTOOLS:
-        return pixels
+        return masks.cpu()
     from pycocotools import mask as coco_mask
 
-    return [coco_mask.encode(np.array(mask, dtype=np.uint8, order="F")) for mask in pixels.numpy()]
+    return [coco_mask.encode(np.array(mask, dtype=np.uint8, order="F")) for mask in masks.cpu().numpy()]
 
 
 def same(detections: Sequence[HostDetections], expected: Sequence[HostDetections]) -> bool:
