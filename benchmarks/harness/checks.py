@@ -37,8 +37,8 @@ class Checked:
     """The providers that run a workload and agree with fastmask."""
 
     calls: dict[str, Implementation]
-    missing: dict[str, str]  # the others, and why
-    milliseconds: float  # of the first calls of all
+    missing: dict[str, str]  # providers that do not, and why
+    milliseconds: float  # of the first calls of all providers
 
 
 def check(
@@ -46,8 +46,8 @@ def check(
 ) -> Checked:
     """Run each provider of a case once and compare its result with fastmask's.
 
-    A peer that raises a RuntimeError is missing. torchvision in float32 and fastmask in all its forms have to agree,
-    others are missing if they do not: their versions vary and round differently. If nobody agrees, the case fails.
+    torchvision in float32 and all forms of fastmask have to agree. Other providers are missing if they disagree, since
+    their versions vary and round differently, or if they raise a RuntimeError. At least one provider has to agree.
 
     Args:
         name: of the case.
@@ -57,7 +57,7 @@ def check(
         timer: of the device.
 
     Raises:
-        AssertionError: torchvision or a form of fastmask disagrees, or everybody does.
+        AssertionError: torchvision or a form of fastmask disagrees, or every provider does.
     """
     start = time.perf_counter()
     expected = timer.finish(providers[FASTMASK])

@@ -121,13 +121,13 @@ class Comparison:
         timer = self.machine.timer
         latencies: dict[str, list[float]] = {provider: [] for provider in checked.calls}
 
-        def others() -> None:
+        def time_peers() -> None:
             for provider, call in checked.calls.items():
                 if provider != FASTMASK:
                     latencies[provider].append(timer.clock(call))
 
         rounds = self._rounds(checked)
-        self.benchmark.pedantic(lambda: timer.finish(checked.calls[FASTMASK]), setup=others, rounds=rounds)
+        self.benchmark.pedantic(lambda: timer.finish(checked.calls[FASTMASK]), setup=time_peers, rounds=rounds)
         assert self.benchmark.stats is not None
         latencies[FASTMASK] = [1e3 * seconds for seconds in self.benchmark.stats.stats.data]
         return latencies

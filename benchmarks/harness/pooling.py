@@ -50,11 +50,11 @@ class Inputs:
         shapes = [(feature.shape[2], feature.shape[3]) for feature in self.features]
         read = covered(self.boxes, shapes, self.strides) * channels * self.features[0].itemsize
         written = sum(feature.nbytes for feature in self.features)
-        others = outputs + sum(box.nbytes for box in self.boxes)
+        per_pass = outputs + sum(box.nbytes for box in self.boxes)
         return {
-            "forward": read + others,
-            "backward": written + others,
-            "forward + backward": read + others + written + others,
+            "forward": read + per_pass,
+            "backward": written + per_pass,
+            "forward + backward": read + written + 2 * per_pass,
         }[direction]
 
 

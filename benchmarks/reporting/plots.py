@@ -167,8 +167,8 @@ def latency(section: Section) -> Figure:
     for row, case in enumerate(cases):
         fastest = min(_per_image(case, timing) for timing in case.timings.values())
         annotate(axes, number(fastest), (fastest, row), (-7, 0), ha="right", va="center")
-        others = [figure for figure in INFERENCE if figure.model == case.model and case.images == 1]
-        for index, published in enumerate(others):  # alternately below and above, so that neighbours do not overlap
+        figures = [latency for latency in INFERENCE if latency.model == case.model and case.images == 1]
+        for index, published in enumerate(figures):  # alternately below and above, so that neighbours do not overlap
             axes.scatter(published.ms, row, s=30, marker="D", facecolor="white", edgecolor=GREY, zorder=2)
             offset, side = (5, "bottom") if index % 2 else (-5, "top")
             annotate(axes, published.label, (published.ms, row), (0, offset), ha="center", va=side)

@@ -112,13 +112,12 @@ def _on_host(
 
 def _encode(detections: Detections) -> Masks:
     """The pasted masks of fastmask's detections."""
-    if HAS_PYCOCOTOOLS:
+    with record_function("fastmask::RLE"):
+        if not HAS_PYCOCOTOOLS:
+            return detections.masks().cpu()
         from models.rle import encode_masks
 
         return encode_masks(detections)
-    masks = detections.masks()
-    with record_function("fastmask::RLE"):
-        return masks.cpu()
 
 
 def _encode_one_by_one(masks: Tensor) -> Masks:
