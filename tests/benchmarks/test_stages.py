@@ -92,19 +92,33 @@ def test_marks_and_the_devices_work_are_read_from_a_profile():
     assert work == [Activity(launch=11, end=90), Activity(launch=91, end=95)]
 
 
+def expect_the_whole(call, places, expected):
+    """Measure the stages of a call: each of these takes some time, and together they take what the call does."""
+    seconds = []
+
+    def timed():
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+
+    spent = measure(timed, "cpu", places)
+    assert list(spent) == expected
+    assert all(milliseconds > 0 for milliseconds in spent.values())
+    assert sum(spent.values()) == pytest.approx(1e3 * seconds[0], rel=0.02)
+    return spent
+
+
 def test_a_profile_has_every_mark_with_its_time():
     def call():
         with mark(HEADS):
-            time.sleep(0.01)
+            time.sleep(0.1)
             with mark(NMS):
                 torch.ones(4).sum()
-                time.sleep(0.02)
-        time.sleep(0.005)
+                time.sleep(0.2)
+        time.sleep(0.05)
 
-    spent = measure(call, "cpu")
-    assert list(spent) == [stage for stage in STAGES if stage in (HEADS, NMS, OTHER)]
-    for stage, least in ((HEADS, 10), (NMS, 20), (OTHER, 5)):
-        assert least <= spent[stage] < least + 30  # a machine may be busy
+    spent = expect_the_whole(call, [], [stage for stage in STAGES if stage in (HEADS, NMS, OTHER)])
+    assert all(spent[stage] >= least for stage, least in ((HEADS, 100), (NMS, 200), (OTHER, 50)))
 
 
 def test_functions_are_wrapped_for_one_measurement():
@@ -140,27 +154,13 @@ def test_a_stage_that_fails_is_left():
         time.sleep(0.005)
 
     spent = measure(call, "cpu")
-    assert spent[OTHER] >= 5 > spent[NMS]
+    assert list(spent) == [NMS, OTHER]
+    assert spent[OTHER] >= 5
 
 
 @pytest.fixture(scope="module")
 def peer():
     return detectors.torchvision_detector("R-18-FPN", (320, 320))
-
-
-def expect_the_whole(call, places, expected):
-    """Each stage takes some time, and together they take what the call does."""
-    seconds = []
-
-    def timed():
-        start = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - start)
-
-    spent = measure(timed, "cpu", places)
-    assert list(spent) == expected
-    assert all(milliseconds > 0 for milliseconds in spent.values())
-    assert sum(spent.values()) == pytest.approx(1e3 * seconds[0], rel=0.02)
 
 
 INFERENCE = [stage for stage in STAGES if stage not in (BACKWARD, OPTIMIZER)]
