@@ -26,8 +26,8 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-# Not in .venv: a machine with a GPU has its own torch. Set PYTHON to the one to use. tests/models has nothing for a
-# GPU and asks for more packages than that. ONLY="nms model" goes on with those sections of the benchmarks.
+# Uses PYTHON and not .venv, since a machine with a GPU has its own torch. tests/models has no GPU tests and needs more
+# packages. ONLY="nms model" runs these sections of the benchmarks and no tests, for example after an interrupted run.
 gpu-check:
 	$(if $(ONLY),,PYTHONPATH=. $(PYTHON) -m pytest tests --ignore tests/models -k "cuda or gpu" -rs)
 	export PYTHONPATH=.; $(PYTHON) -m benchmarks run --device cuda $(ONLY:%=--only %); failed=$$?; \

@@ -1,1 +1,1 @@
-"""What is measured, on a GPU and without one; run from a checkout, not part of the wheel."""
+"""The benchmarks, with and without a GPU; they run from a checkout and are no part of the wheel."""

@@ -1,4 +1,4 @@
-"""python -m benchmarks run | report | compare"""
+"""`python -m benchmarks run | report | compare | compile`"""
 
 from __future__ import annotations
 
@@ -14,29 +14,33 @@ from benchmarks.reporting import compare, report
 from benchmarks.reporting.results import FOLDER, load, slug
 
 ROOT = Path(__file__).parents[1]
-WHOLE = ("model", "training")  # after the operators that they are made of
+WHOLE = ("model", "training")  # whole detectors run after their operators
 SECTIONS = sorted(
     (path.stem.removeprefix("bench_") for path in ROOT.glob("benchmarks/bench_*.py")),
     key=lambda section: (section in WHOLE, section),
 )
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--quick", action="store_true", help="few small cases, to see that everything runs")
-    parser.add_argument("--only", action="append", choices=SECTIONS, help="this section; may be repeated")
+def configure_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quick", action="store_true", help="few small cases: a test that everything runs")
+    parser.add_argument("--only", action="append", choices=SECTIONS, help="run this section; may be repeated")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, help="of the CPU; default: 2 to measure it, all beside a GPU")
+    parser.add_argument("--threads", type=int, help="of the CPU; default: 2 on a CPU, all on a GPU")
     parser.add_argument("--results", type=Path, help="default: benchmarks/results/<device>.json, quick: -quick.json")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Each section in a process of its own: what breaks one breaks no other. 1 if a case failed."""
+    """Run each section in a process of its own, so that a crash affects no other section.
+
+    Returns:
+        1 if a case failed, 2 if the results cannot be read.
+    """
     on_gpu = torch.device(arguments.device).type != "cpu"
     device = torch.cuda.get_device_name() if on_gpu else "cpu"
     path = arguments.results or FOLDER / f"{slug(device)}{'-quick' * arguments.quick}.json"
     if path.exists():
         try:
-            load(path)  # what is in it stays, but for the sections that run
+            load(path)  # sections that do not run are kept
         except ValueError as error:
             print(error, file=sys.stderr)
             return 2
@@ -50,22 +54,37 @@ def run(arguments: argparse.Namespace) -> int:
         command = [sys.executable, "-m", "pytest", f"benchmarks/bench_{section}.py", *options]
         if subprocess.run(command, cwd=ROOT, check=False).returncode:
             failed.append(section)
-    print(f"{path}: `python -m benchmarks report {path}` makes tables and plots of it")
+    print(f"{path}: `python -m benchmarks report {path}` makes its tables and plots")
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return int(bool(failed))
 
 
+def configure_compile(_: argparse.ArgumentParser) -> None:
+    """The compile report has no options."""
+
+
+def compile_kernels(_: argparse.Namespace) -> int:
+    """Renew the compile report. Returns 1 if a kernel exceeds a limit, 2 without Triton."""
+    if importlib.util.find_spec("triton") is None:
+        print("compile: expected Triton to be installed", file=sys.stderr)
+        return 2
+    from benchmarks.reporting import compile_report
+
+    return compile_report.main()
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Time everything, say how it compares.")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure fastmask and compare it.")
     commands = parser.add_subparsers(required=True)
-    for name, adds_options, function, help in (
-        ("run", configure, run, "measure, into a JSON file"),
-        ("report", report.configure, report.main, "tables and plots of measurements"),
-        ("compare", compare.configure, compare.main, "what got faster or slower between two runs"),
+    for name, configure, function, help in (
+        ("run", configure_run, run, "measure and write the results to a JSON file"),
+        ("report", report.configure, report.main, "write tables and plots of results"),
+        ("compare", compare.configure, compare.main, "say what got faster or slower between two runs"),
+        ("compile", configure_compile, compile_kernels, "compile all kernels, without a GPU, and check their limits"),
     ):
         command = commands.add_parser(name, help=help, description=help)
-        adds_options(command)
+        configure(command)
         command.set_defaults(function=function)
     arguments = parser.parse_args()
     return arguments.function(arguments)

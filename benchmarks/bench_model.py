@@ -1,15 +1,16 @@
 """Whole detectors: from decoded uint8 images on the host to boxes, scores and run-length encoded masks on the host.
 
-The steps from torchvision's model to our fastest are providers of one case. In float32 a GPU's convolutions use TF32,
-as is PyTorch's default; that the two agree to the last digits without it is checked first. "bf16" is autocast: weights
-are folded and cast anew in each call, and in each replay of the graph. Bytes: weights and images, once; FLOPs: the
-convolutions and matrix products of the padded batch.
+The steps from torchvision's model to fastmask's fastest are providers of one case. In float32, convolutions on a GPU
+use TF32, PyTorch's default; that both detectors agree without it is checked first. "bf16" is autocast: weights are
+folded and cast in each call, and in each replay of the graph. Bytes: weights and images, once; FLOPs: the convolutions
+and matrix products of the padded batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Unpack
 
 import pytest
 import torch
@@ -17,20 +18,24 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.harness import detectors, stages
-from benchmarks.harness.comparison import Race
-from benchmarks.harness.machine import Call
-from benchmarks.reporting.results import OURS, TORCHVISION
-from models import preprocess as pictures
+from benchmarks.harness import stages
+from benchmarks.harness.comparison import CaseOptions, Comparison, Target, Work
+from benchmarks.harness.detectors import graphed
+from benchmarks.harness.timing import Implementation
+from benchmarks.reporting.results import FASTMASK, TORCHVISION
+from models import preprocess
 from models.network.mask_rcnn import MaskRCNN
+from tests.oracles import detections, detectors
 
 SIZE = (800, 1333)  # §3.1
 PRESETS = ("R-50-FPN", "R-101-FPN", "X-101-FPN", "R-101-C4", "R-50-FPN-keypoint")
-GPU_ONLY = ("torchvision autocast", f"{OURS} bf16", f"{OURS} bf16 graph")
+BF16, GRAPH = f"{FASTMASK} bf16", f"{FASTMASK} bf16 graph"
+GPU_ONLY = ("torchvision autocast", BF16, GRAPH)
+NO_RLE = "pycocotools is not installed, the masks' pixels are copied to the host instead"
 
 
 def pytest_generate_tests(metafunc):
-    """A batch is for a GPU: on a CPU it takes as long as its images one by one, which one case shows."""
+    """Batches are for a GPU: on a CPU a batch takes as long as its images one by one, which one case shows."""
     if "batch" not in metafunc.fixturenames:
         return
     cases = [(preset, batch) for preset in PRESETS for batch in (1, 8)]
@@ -39,68 +44,81 @@ def pytest_generate_tests(metafunc):
     metafunc.parametrize(("preset", "batch"), cases)
 
 
-def bench_detector(race: Race, preset: str, batch: int) -> None:
-    target = {"cpu": 1 / 0.75} if (preset, batch) == ("R-50-FPN", 1) else None
-    images = [detectors.picture(*SIZE, seed) for seed in range(batch)]
-    race_detectors(race, f"{preset}, batch {batch}", preset, images, target=target)
+def bench_detector(comparison, preset, batch):
+    target: Target = {"cpu": 1 / 0.75} if (preset, batch) == ("R-50-FPN", 1) else None
+    images = [detectors.textured_image(*SIZE, seed) for seed in range(batch)]
+    compare_detectors(comparison, f"{preset}, batch {batch}", preset, images, target=target)
 
 
 @pytest.mark.quick
-def bench_small_image(race: Race) -> None:
-    race_detectors(race, "R-50-FPN, an image of 320 x 320", "R-50-FPN", [detectors.picture(320, 320)])
+def bench_small_image(comparison):
+    images = [detectors.textured_image(320, 320)]
+    compare_detectors(comparison, "R-50-FPN, an image of 320 x 320", "R-50-FPN", images)
 
 
-def race_detectors(race: Race, name: str, preset: str, images: Sequence[Tensor], **options: object) -> None:
+def compare_detectors(
+    comparison: Comparison, name: str, preset: str, images: Sequence[Tensor], **options: Unpack[CaseOptions]
+) -> None:
+    """Compare inference on uint8 `[3, H, W]` images on the host."""
     size = images[0].shape[1:]
-    missing = dict(detectors.NO_RLE)
-    calls: dict[str, Call] = {}
-    theirs, places = None, {}
+    missing = {} if detections.HAS_PYCOCOTOOLS else {"RLE": NO_RLE}
+    calls: dict[str, Implementation] = {}
+    places: dict[str, list[stages.Place]] = {}
     if preset in detectors.BACKBONES:
-        theirs = detectors.torchvisions(preset, size)
-        model = detectors.ours(theirs)
-        calls["torchvision"] = partial(detectors.detect_torchvisions, theirs.to(race.device), images)
-        calls["torchvision autocast"] = in_bfloat16(calls["torchvision"], race.device)
-        places = dict.fromkeys(calls, stages.of_torchvisions(theirs))
+        peer = detectors.torchvision_detector(preset, size)
+        model = detectors.fastmask_detector(peer)
+        calls["torchvision"] = partial(detections.detect_torchvision, peer.to(comparison.device), images)
+        calls["torchvision autocast"] = in_bfloat16(calls["torchvision"], comparison.device)
+        places = dict.fromkeys(calls, stages.of_torchvision(peer))
     else:
-        model = detectors.ours_alone(preset, size)
+        model = detectors.c4_detector(preset, size)
         missing |= dict.fromkeys(TORCHVISION, "has no C4 detector")
-    work = work_of(model, images, race.main_dtype)
-    calls[OURS] = partial(detectors.detect, model.to(race.device), images)
-    calls[f"{OURS} bf16"] = in_bfloat16(calls[OURS], race.device)
-    places |= dict.fromkeys((OURS, f"{OURS} bf16"), stages.of_ours(model))
-    if race.on_gpu:
-        calls[f"{OURS} bf16 graph"] = partial(detectors.detect, detectors.graphed(model), images)
-        if theirs is not None:
-            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-                assert detectors.same(calls[OURS](), calls["torchvision"]()), f"{name}: not the same in float32"
+    work = work_of(model, images, comparison.main_dtype)
+    calls[FASTMASK] = partial(detections.detect, model.to(comparison.device), images)
+    calls[BF16] = in_bfloat16(calls[FASTMASK], comparison.device)
+    places |= {FASTMASK: [], BF16: []}  # it has marks of its own; a replayed graph has none
+    if comparison.on_gpu:
+        calls[GRAPH] = partial(detections.detect, graphed(model), images, exact=False)
+        if "torchvision" in calls:
+            check_in_float32(name, calls)
     else:
         missing = dict.fromkeys(GPU_ONLY, "timed on a GPU only") | missing
         calls = {provider: call for provider, call in calls.items() if provider not in GPU_ONLY}
-    race(
+    comparison.run(
         name,
         calls,
-        detectors.same,
+        detections.same,
         **work,
-        rate=race.main_dtype,
+        rate=comparison.main_dtype,
         missing=missing,
-        images=len(images),
-        stages=stages.measures(calls, places, race.device),
+        stages=stages.measures(calls, comparison.device, places),
         events=False,
+        images=len(images),
         **options,
     )
 
 
-def in_bfloat16(call: Call, device: str) -> Call:
-    def inside() -> object:
+def check_in_float32(name: str, calls: dict[str, Implementation]) -> None:
+    """Both detectors have to agree without TF32."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        result: Sequence[detections.HostDetections] = calls[FASTMASK]()  # pyright: ignore[reportAssignmentType]
+        expected: Sequence[detections.HostDetections] = calls["torchvision"]()  # pyright: ignore[reportAssignmentType]
+    assert detections.same(result, expected), f"{name}: the detectors disagree in float32"
+
+
+def in_bfloat16(call: Implementation, device: str) -> Implementation:
+    """The call under autocast."""
+
+    def run() -> object:
         with torch.autocast(torch.device(device).type, torch.bfloat16):
             return call()
 
-    return inside
+    return run
 
 
-def work_of(model: MaskRCNN, images: Sequence[Tensor], dtype: str) -> dict[str, int]:
-    """Bytes and FLOPs, the latter counted without computing anything."""
-    padded, sizes = pictures.batch(images, model.config.input)
+def work_of(model: MaskRCNN, images: Sequence[Tensor], dtype: str) -> Work:
+    """Bytes and FLOPs; the latter are counted on fake tensors."""
+    padded, sizes = preprocess.batch(images, model.config.input)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(padded, sizes)
     weights = sum(parameter.numel() for parameter in model.parameters())

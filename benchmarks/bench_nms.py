@@ -1,12 +1,13 @@
-"""NMS: of one list of boxes, of an RPN's levels, and of a detector's classes.
+"""NMS of one list of boxes, of the levels of an RPN, and of the classes of a detector.
 
-Bytes: boxes, scores and classes read, indices written. FLOPs: what no greedy algorithm avoids. Any two boxes that are
-kept must have been compared, within a class, and each that is dropped with one that drops it.
+Bytes: boxes, scores and classes read, indices written. FLOPs: comparisons that no greedy algorithm avoids. Any two
+boxes of a class that are kept must have been compared, and each box that is dropped with one that drops it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Unpack
 
 import pytest
 import torch
@@ -14,11 +15,13 @@ import torchvision
 from torch import Tensor
 
 import fastmask
-from benchmarks.harness.comparison import Race, parameters
-from benchmarks.harness.machine import PEERS, Call, peer
-from benchmarks.harness.pooling import DTYPES, torchvision_in
-from benchmarks.harness.workloads import ADVERSARIAL, candidates, disjoint, generator
-from benchmarks.reporting.results import OURS
+from benchmarks.harness.checks import parameters
+from benchmarks.harness.comparison import CaseOptions, Comparison, Work
+from benchmarks.harness.machine import PEERS, peer
+from benchmarks.harness.pooling import torchvision_provider
+from benchmarks.harness.timing import Implementation
+from benchmarks.harness.workloads import ADVERSARIAL, DTYPES, candidates, disjoint, generator
+from benchmarks.reporting.results import FASTMASK
 from fastmask.kernels.nms.reference import nms_reference
 
 IOU_FLOPS = 13  # 4 extrema, 2 differences, 2 clamps, 3 for the union, a product, a comparison
@@ -26,39 +29,58 @@ LEVELS = 5  # P2 to P6
 CLASSES, DETECTIONS, SCORE = 80, 100, 0.05  # of COCO; §3.1
 
 
-def work(tensors: Sequence[Tensor], kept: Sequence[int], dropped: int) -> dict[str, int]:
-    """Bytes and FLOPs, given the inputs, how many boxes each list or class keeps, and how many are dropped."""
+def work(tensors: Sequence[Tensor], kept: Sequence[int], dropped: int) -> Work:
+    """Bytes and FLOPs.
+
+    Args:
+        tensors: the inputs.
+        kept: how many boxes each list or class keeps.
+        dropped: how many boxes are dropped.
+    """
     compared = sum(n * (n - 1) // 2 for n in kept) + dropped
     return {"bytes": sum(tensor.nbytes for tensor in tensors) + 8 * sum(kept), "flops": IOU_FLOPS * compared}
 
 
-def race_one_list(
-    race: Race, name: str, boxes: Tensor, scores: Tensor, *, compiled: bool = False, **options: object
+def compare_one_list(
+    comparison: Comparison,
+    name: str,
+    boxes: Tensor,
+    scores: Tensor,
+    *,
+    compiled: bool = False,
+    **options: Unpack[CaseOptions],
 ) -> None:
+    """Compare NMS of `[N, 4]` boxes; `compiled`: also with torch.compile of fastmask's reference."""
     dtype = str(boxes.dtype).removeprefix("torch.")
-    boxes, scores = boxes.to(race.device), scores.to(race.device)
+    boxes, scores = boxes.to(comparison.device), scores.to(comparison.device)
 
-    def theirs() -> Tensor:
+    def torchvision_nms() -> Tensor:
         with torch.autocast(boxes.device.type, enabled=dtype != "float32"):
             return torchvision.ops.nms(boxes, scores, 0.7)
 
-    providers: dict[str, Call] = {
-        OURS: lambda: fastmask.nms(boxes, scores, 0.7),
-        torchvision_in(dtype): theirs,
+    providers: dict[str, Implementation] = {
+        FASTMASK: lambda: fastmask.nms(boxes, scores, 0.7),
+        torchvision_provider(dtype): torchvision_nms,
     }
     if mmcv := peer(PEERS["mmcv"]):
         providers["mmcv"] = lambda: mmcv.nms(boxes, scores, 0.7)[1]
-    if compiled and not race.on_gpu:
-        reference = torch.compile(nms_reference)
-        providers["torch.compile"] = lambda: reference(boxes, scores, None, 0.7)
-    missing = {"torch.compile": "our reference of NMS is for CPUs"} if compiled and race.on_gpu else {}
+    if compiled and not comparison.on_gpu:
+        providers["torch.compile"] = compiled_reference(boxes, scores)
+    missing = {"torch.compile": "the reference of NMS is for CPUs"} if compiled and comparison.on_gpu else {}
 
-    def same(ours: Tensor, theirs: Tensor) -> bool:
-        """To the index, but that torchvision's compiler for GPUs may fuse a multiplication into an addition."""
-        return _overlap(ours, theirs) >= 0.999 if race.on_gpu else torch.equal(ours, theirs)
+    def same(indices: Tensor, expected: Tensor) -> bool:
+        """Equal on a CPU; on a GPU, torchvision's compiler may fuse a multiplication into an addition."""
+        return _overlap(indices, expected) >= 0.999 if comparison.on_gpu else torch.equal(indices, expected)
 
     kept = len(fastmask.nms(boxes, scores, 0.7))
-    race(name, providers, same, missing=missing, **work([boxes, scores], [kept], len(boxes) - kept), **options)
+    needed = work([boxes, scores], [kept], len(boxes) - kept)
+    comparison.run(name, providers, same, missing=missing, **needed, **options)
+
+
+def compiled_reference(boxes: Tensor, scores: Tensor) -> Implementation:
+    """torch.compile of fastmask's reference."""
+    reference = torch.compile(nms_reference)
+    return lambda: reference(boxes, scores, None, 0.7)
 
 
 @pytest.mark.parametrize(
@@ -73,78 +95,78 @@ def race_one_list(
         quick=lambda count, *_: count == 1000,
     ),
 )
-def bench_one_list(race, count, dtype, target):
+def bench_one_list(comparison, count, dtype, target):
     boxes, scores = (tensor.to(DTYPES[dtype]) for tensor in candidates(count))
     compiled = (count, dtype) == (10_000, "float32")
-    race_one_list(race, f"{count:,} boxes, {dtype}", boxes, scores, target=target, compiled=compiled)
+    compare_one_list(comparison, f"{count:,} boxes, {dtype}", boxes, scores, target=target, compiled=compiled)
 
 
 @pytest.mark.parametrize(("count", "images"), parameters([(1000, 1), (2000, 1), (1000, 8)], quick=lambda *_: True))
-def bench_rpn(race, count, images):
-    """Proposals of each level by themselves, as an RPN asks: torchvision keeps levels apart by an offset."""
+def bench_rpn(comparison, count, images):
+    """Proposals of each level separately, as in an RPN: torchvision keeps levels apart by an offset."""
     lists = images * LEVELS
     drawn = [candidates(count, seed=seed) for seed in range(lists)]
-    boxes, scores = (torch.stack(tensors).to(race.device) for tensors in zip(*drawn, strict=True))
-    level = torch.arange(lists, device=race.device)[:, None].expand(lists, count)
+    boxes, scores = (torch.stack(tensors).to(comparison.device) for tensors in zip(*drawn, strict=True))
+    level = torch.arange(lists, device=comparison.device)[:, None].expand(lists, count)
 
-    def theirs() -> list[Tensor]:  # image by image
+    def fastmask_nms() -> tuple[Tensor, Tensor]:
+        return fastmask.nms_padded(boxes, scores, 0.7, count)
+
+    def torchvision_nms() -> list[Tensor]:  # image by image
         parts = (tensor.split(LEVELS) for tensor in (boxes, scores, level))
         return [
             torchvision.ops.batched_nms(box.flatten(0, 1), score.flatten(), index.flatten(), 0.7)
             for box, score, index in zip(*parts, strict=True)
         ]
 
-    def same(ours: tuple[Tensor, Tensor], theirs: list[Tensor]) -> bool:
-        indices, _ = ours
-        found = (indices + torch.arange(lists, device=race.device)[:, None] * count)[indices >= 0]
-        others = torch.cat([kept + image * LEVELS * count for image, kept in enumerate(theirs)])
-        # The offset rounds IoUs: the odd box may go the other way.
-        return _overlap(found, others) >= 0.99
+    def same(result: tuple[Tensor, Tensor], expected: list[Tensor]) -> bool:
+        indices, _ = result
+        kept = (indices + torch.arange(lists, device=comparison.device)[:, None] * count)[indices >= 0]
+        peers_kept = torch.cat([index + image * LEVELS * count for image, index in enumerate(expected)])
+        return _overlap(kept, peers_kept) >= 0.99  # the offset rounds IoUs, which changes the fate of single boxes
 
-    def ours() -> tuple[Tensor, Tensor]:
-        return fastmask.nms_padded(boxes, scores, 0.7, count)
-
-    kept = ours()[1].tolist()
-    race(
+    kept = fastmask_nms()[1].tolist()
+    comparison.run(
         f"{lists} x {count} boxes of {images} RPN" + "s" * (images > 1),
-        {OURS: ours, "torchvision": theirs},
+        {FASTMASK: fastmask_nms, "torchvision": torchvision_nms},
         same,
         target={"gpu": 5} if (count, images) == (1000, 1) else None,
         **work([boxes, scores], kept, lists * count - sum(kept)),
     )
 
 
-def bench_classes(race):
+def bench_classes(comparison):
     """The best 100 of 1000 proposals in 80 classes, above a score of 0.05."""
     proposals, _ = candidates(1000)
     noise = torch.randn(1000 * CLASSES, 4, generator=generator(2)) * 2
-    boxes = (proposals.repeat_interleave(CLASSES, 0) + noise).clamp(min=0).to(race.device)
+    boxes = (proposals.repeat_interleave(CLASSES, 0) + noise).clamp(min=0).to(comparison.device)
     boxes[:, 2:] = boxes[:, 2:].maximum(boxes[:, :2] + 1)
     logits = torch.randn(1000, CLASSES, generator=generator(3)) * 2
-    scores = logits.softmax(1).flatten().to(race.device)
-    classes = torch.arange(CLASSES, device=race.device).repeat(1000)
+    scores = logits.softmax(1).flatten().to(comparison.device)
+    classes = torch.arange(CLASSES, device=comparison.device).repeat(1000)
 
-    def ours() -> Tensor:
+    def fastmask_nms() -> Tensor:
         indices, _ = fastmask.nms_padded(
             boxes[None], scores[None], 0.5, DETECTIONS, classes=classes[None], score_threshold=SCORE
         )
-        return indices[0]  # as many as there are places
+        return indices[0]  # there are more than DETECTIONS, so none is padding
 
-    def theirs() -> Tensor:
+    def torchvision_nms() -> Tensor:
         above = (scores > SCORE).nonzero()[:, 0]
         return above[torchvision.ops.batched_nms(boxes[above], scores[above], classes[above], 0.5)[:DETECTIONS]]
 
-    def same(ours: Tensor, theirs: Tensor) -> bool:
-        return len(theirs) == DETECTIONS and _overlap(ours, theirs) >= 0.95
+    def same(indices: Tensor, expected: Tensor) -> bool:
+        return len(expected) == DETECTIONS and _overlap(indices, expected) >= 0.95
 
-    kept = classes[ours()].bincount(minlength=CLASSES).tolist()
+    kept = classes[fastmask_nms()].bincount(minlength=CLASSES).tolist()
     name = f"{DETECTIONS} detections of 1000 x {CLASSES} classes"
-    # How many are dropped before the hundredth is found, the result does not tell.
-    race(name, {OURS: ours, "torchvision": theirs}, same, **work([boxes, scores, classes], kept, dropped=0))
+    # The result does not tell how many boxes are dropped before the hundredth detection.
+    needed = work([boxes, scores, classes], kept, dropped=0)
+    comparison.run(name, {FASTMASK: fastmask_nms, "torchvision": torchvision_nms}, same, **needed)
 
 
 def _overlap(a: Tensor, b: Tensor) -> float:
-    """Of two sets of indices."""
+    """Intersection over union of two sets of indices."""
     union = len(torch.cat([a, b]).unique())
     return (len(a) + len(b) - union) / union
 
@@ -153,13 +175,13 @@ CROWDS = ADVERSARIAL | {"none touches another": disjoint}
 
 
 @pytest.mark.parametrize("boxes", parameters(zip(CROWDS), quick=lambda boxes: boxes == "all on one spot"))
-def bench_adversarial(race, boxes):
+def bench_adversarial(comparison, boxes):
     count = 5000
     scores = torch.rand(count, generator=generator(1))
-    race_one_list(race, f"{count:,} boxes, {boxes}", CROWDS[boxes](count), scores, kind="adversarial")
+    compare_one_list(comparison, f"{count:,} boxes, {boxes}", CROWDS[boxes](count), scores, kind="adversarial")
 
 
 @pytest.mark.parametrize("count", parameters(zip([100, 1000, 10_000, 50_000, 200_000]), quick=lambda n: n <= 1000))
-def bench_boxes(race, count):
+def bench_boxes(comparison, count):
     boxes, scores = candidates(count)
-    race_one_list(race, f"{count:,} boxes", boxes, scores, kind="scaling", axis="boxes", at=count)
+    compare_one_list(comparison, f"{count:,} boxes", boxes, scores, kind="scaling", axis="boxes", at=count)

@@ -1,10 +1,12 @@
-"""Pasting masks of 28 x 28 into the image, as torchvision and as detectron2 do (He et al. 2017, §3.1).
+"""Pasting masks of 28 x 28 into the image, in torchvision's and in detectron2's convention (He et al. 2017, §3.1).
 
 Bytes: masks and boxes read, a byte written for each pixel of each mask. FLOPs: a multiply-add for each of the four
 neighbours of each pixel inside a box.
 """
 
 from __future__ import annotations
+
+from typing import Unpack
 
 import pytest
 import torch
@@ -13,11 +15,12 @@ from torch import Tensor
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 import fastmask
-from benchmarks.harness.comparison import Race, parameters
-from benchmarks.harness.machine import Call, peer
-from benchmarks.harness.pooling import DTYPES
-from benchmarks.harness.workloads import ADVERSARIAL, generator, objects
-from benchmarks.reporting.results import OURS
+from benchmarks.harness.checks import parameters
+from benchmarks.harness.comparison import CaseOptions, Comparison
+from benchmarks.harness.machine import peer
+from benchmarks.harness.timing import Implementation
+from benchmarks.harness.workloads import ADVERSARIAL, DTYPES, generator, objects
+from benchmarks.reporting.results import FASTMASK
 from fastmask.kernels.paste_masks import paste_masks_reference
 
 SIDE = 28
@@ -25,48 +28,63 @@ IMAGE = (800, 1333)
 LARGE = (4000, 6000)
 
 
-def race_torchvision(
-    race: Race,
+def compare_with_torchvision(
+    comparison: Comparison,
     name: str,
     boxes: Tensor,
     image: tuple[int, int] = IMAGE,
     *,
     dtype: str = "float32",
     compiled: bool = False,
-    **options: object,
+    **options: Unpack[CaseOptions],
 ) -> None:
-    """Its convention: pixels of a mask that is padded by one and enlarged, over a box of whole pixels."""
-    masks = _masks(race, len(boxes), dtype)
-    boxes = boxes.to(race.device)
-    providers: dict[str, Call] = {
-        OURS: lambda: fastmask.paste_masks(masks, boxes, image, convention="torchvision"),
+    """Compare in torchvision's convention: a mask padded by one pixel, enlarged to a box of whole pixels.
+
+    Args:
+        comparison: the fixture.
+        name: of the case.
+        boxes: `[N, 4]`.
+        image: (height, width).
+        dtype: of the masks.
+        compiled: also compare with torch.compile of fastmask's reference.
+        options: see `CaseOptions`.
+    """
+    masks = _masks(comparison, len(boxes), dtype)
+    boxes = boxes.to(comparison.device)
+    providers: dict[str, Implementation] = {
+        FASTMASK: lambda: fastmask.paste_masks(masks, boxes, image, convention="torchvision"),
         "torchvision": lambda: paste_masks_in_image(masks[:, None], boxes, image)[:, 0] >= 0.5,
     }
     if compiled:
-        reference = torch.compile(paste_masks_reference)
-        providers["torch.compile"] = lambda: reference(masks, boxes, *image, 0.5, "torchvision")
-    _race(race, name, providers, masks, boxes, image, **options)
+        providers["torch.compile"] = compiled_reference(masks, boxes, image)
+    _compare(comparison, name, providers, masks, boxes, image, **options)
 
 
-def race_aligned(race: Race, name: str, boxes: Tensor) -> None:
-    """detectron2's convention: pixel centres sampled over the box itself, every mask over the whole image."""
-    masks = _masks(race, len(boxes), "float32")
-    boxes = boxes.to(race.device)
+def compare_aligned(comparison: Comparison, name: str, boxes: Tensor) -> None:
+    """Compare in detectron2's convention: pixel centres sampled over the box, every mask over the whole image."""
+    masks = _masks(comparison, len(boxes), "float32")
+    boxes = boxes.to(comparison.device)
 
     def grid_sample() -> Tensor:
         return torch.cat([_sampled(*part, IMAGE) for part in zip(masks.split(10), boxes.split(10), strict=True)])
 
-    providers: dict[str, Call] = {
-        OURS: lambda: fastmask.paste_masks(masks, boxes, IMAGE),
+    providers: dict[str, Implementation] = {
+        FASTMASK: lambda: fastmask.paste_masks(masks, boxes, IMAGE),
         "grid_sample": grid_sample,
     }
     if mask_ops := peer("detectron2.layers.mask_ops"):
         providers["detectron2"] = lambda: mask_ops.paste_masks_in_image(masks, boxes, IMAGE)
-    _race(race, name, providers, masks, boxes, IMAGE)
+    _compare(comparison, name, providers, masks, boxes, IMAGE)
 
 
-def _masks(race: Race, count: int, dtype: str) -> Tensor:
-    return torch.rand(count, SIDE, SIDE, generator=generator()).to(race.device, DTYPES[dtype])
+def compiled_reference(masks: Tensor, boxes: Tensor, image: tuple[int, int]) -> Implementation:
+    """torch.compile of fastmask's reference, in torchvision's convention."""
+    reference = torch.compile(paste_masks_reference)
+    return lambda: reference(masks, boxes, *image, 0.5, "torchvision")
+
+
+def _masks(comparison: Comparison, count: int, dtype: str) -> Tensor:
+    return torch.rand(count, SIDE, SIDE, generator=generator()).to(comparison.device, DTYPES[dtype])
 
 
 def _sampled(masks: Tensor, boxes: Tensor, image: tuple[int, int]) -> Tensor:
@@ -80,25 +98,25 @@ def _sampled(masks: Tensor, boxes: Tensor, image: tuple[int, int]) -> Tensor:
     return F.grid_sample(masks[:, None], grid, align_corners=False)[:, 0] >= 0.5
 
 
-def _race(
-    race: Race,
+def _compare(
+    comparison: Comparison,
     name: str,
-    providers: dict[str, Call],
+    providers: dict[str, Implementation],
     masks: Tensor,
     boxes: Tensor,
     image: tuple[int, int],
-    **options: object,
+    **options: Unpack[CaseOptions],
 ) -> None:
     height, width = image
     inside = int((boxes[:, 2:] - boxes[:, :2]).prod(1).sum())
     # A probability next to 0.5 may round either way, in half precision more often.
     allowed = 1e-6 if masks.dtype == torch.float32 else 1e-3
 
-    def same(ours: Tensor, theirs: Tensor) -> bool:
-        return int((ours != theirs).sum()) <= max(2, allowed * ours.numel())
+    def same(pasted: Tensor, expected: Tensor) -> bool:
+        return int((pasted != expected).sum()) <= max(2, allowed * pasted.numel())
 
     bytes = masks.nbytes + boxes.nbytes + len(masks) * height * width
-    race(name, providers, same, bytes=bytes, flops=inside * 4 * 2, **options)
+    comparison.run(name, providers, same, bytes=bytes, flops=inside * 4 * 2, **options)
 
 
 def _objects(count: int, image: tuple[int, int]) -> Tensor:
@@ -108,36 +126,42 @@ def _objects(count: int, image: tuple[int, int]) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", parameters(zip(DTYPES), quick=lambda dtype: dtype == "float32"))
-def bench_torchvision(race, dtype):
-    target = {"cpu": 6, "gpu": 50} if dtype == "float32" else None
-    name = f"100 masks to 800 x 1333, torchvision's convention, {dtype}"
-    compiled = dtype == "float32" and not race.quick
-    race_torchvision(race, name, objects(100, image=IMAGE), dtype=dtype, target=target, compiled=compiled)
+def bench_torchvision(comparison, dtype):
+    compare_with_torchvision(
+        comparison,
+        f"100 masks to 800 x 1333, torchvision's convention, {dtype}",
+        objects(100, image=IMAGE),
+        dtype=dtype,
+        compiled=dtype == "float32" and not comparison.quick,
+        target={"cpu": 6, "gpu": 50} if dtype == "float32" else None,
+    )
 
 
 @pytest.mark.quick
-def bench_aligned(race):
-    race_aligned(race, "100 masks to 800 x 1333, detectron2's convention", objects(100, image=IMAGE))
+def bench_aligned(comparison):
+    compare_aligned(comparison, "100 masks to 800 x 1333, detectron2's convention", objects(100, image=IMAGE))
 
 
-def bench_large_image(race):
-    count = 100 if race.on_gpu else 10  # torchvision's take 19 GB at 100, and more while they are stacked
-    race_torchvision(race, f"{count} masks to 4000 x 6000, torchvision's convention", _objects(count, LARGE), LARGE)
+def bench_large_image(comparison):
+    count = 100 if comparison.on_gpu else 10  # torchvision's 100 take 19 GB, and more while they are stacked
+    name = f"{count} masks to 4000 x 6000, torchvision's convention"
+    compare_with_torchvision(comparison, name, _objects(count, LARGE), LARGE)
 
 
 @pytest.mark.parametrize("boxes", ADVERSARIAL)
-def bench_adversarial(race, boxes):
-    race_torchvision(race, f"100 masks to 800 x 1333, {boxes}", ADVERSARIAL[boxes](100), kind="adversarial")
+def bench_adversarial(comparison, boxes):
+    name = f"100 masks to 800 x 1333, {boxes}"
+    compare_with_torchvision(comparison, name, ADVERSARIAL[boxes](100), kind="adversarial")
 
 
 @pytest.mark.parametrize("masks", parameters(zip([1, 10, 100, 400]), quick=lambda masks: masks <= 10))
-def bench_masks(race, masks):
+def bench_masks(comparison, masks):
     boxes, name = objects(masks, image=IMAGE), f"{masks} mask{'s' * (masks > 1)} to 800 x 1333"
-    race_torchvision(race, name, boxes, kind="scaling", axis="masks", at=masks)
+    compare_with_torchvision(comparison, name, boxes, kind="scaling", axis="masks", at=masks)
 
 
 @pytest.mark.parametrize("scale", [0.25, 0.5, 1, 2, 4])
-def bench_image_size(race, scale):
+def bench_image_size(comparison, scale):
     height, width = image = (round(scale * IMAGE[0]), round(scale * IMAGE[1]))
-    options = {"kind": "scaling", "axis": "image, megapixels", "at": height * width / 1e6}
-    race_torchvision(race, f"20 masks to {height} x {width}", _objects(20, image), image, **options)
+    options: CaseOptions = {"kind": "scaling", "axis": "image, megapixels", "at": height * width / 1e6}
+    compare_with_torchvision(comparison, f"20 masks to {height} x {width}", _objects(20, image), image, **options)

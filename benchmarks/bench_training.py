@@ -1,77 +1,95 @@
 """A training step: forward to the losses, backward, and an update by SGD.
 
 On a GPU both run under autocast in bfloat16, and torchvision's in float32 as well. As published models are trained,
-batch norms, the stem and res2 are frozen; in the small case everything is trained. Each draws its own samples, so that
-losses agree to a tenth. torchvision gets floats, and makes sure of the size of images and masks within the step.
+batch norms, the stem and res2 are frozen; in the small case everything is trained. Each detector draws its own samples,
+so losses agree to a tenth. torchvision takes float images, and resizes images and masks within the step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, reduce
+from operator import add
+from typing import Unpack
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import detectors, stages
-from benchmarks.harness.comparison import Race
+from benchmarks.harness import stages
+from benchmarks.harness.comparison import CaseOptions, Comparison
+from benchmarks.harness.timing import Implementation
 from benchmarks.harness.workloads import IMAGE, generator, objects
-from benchmarks.reporting.results import OURS
-from models import preprocess as pictures
+from benchmarks.reporting.results import FASTMASK
+from models import preprocess
 from models.structures import Target
+from tests.oracles import detectors
 
-LR = 1e-6  # of random weights: thousands of steps on one batch must not get anywhere
+LR = 1e-6  # random weights: thousands of steps on one batch must not change the losses
 OBJECTS = 7  # COCO has 7.3 in an image
 
 
 @pytest.mark.quick
-def bench_small_images(race: Race) -> None:
-    """From scratch, all batch norms trained."""
-    number = 1 if race.quick else 4
-    theirs = detectors.torchvisions("R-18-FPN", (192, 192), frozen=False)
-    race_steps(race, f"R-18-FPN, {number} of 192 x 192", theirs, (192, 192), number, target={"cpu": 1 / 0.8})
+def bench_small_images(comparison):
+    """From scratch, with all batch norms trained."""
+    count = 1 if comparison.quick else 4
+    peer = detectors.torchvision_detector("R-18-FPN", (192, 192), frozen=False)
+    name = f"R-18-FPN, {count} of 192 x 192"
+    compare_steps(comparison, name, peer, training_images((192, 192), count), target={"cpu": 1 / 0.8})
 
 
 @pytest.mark.parametrize("preset", ["R-50-FPN", "R-101-FPN"])
-def bench_step(race: Race, preset: str) -> None:
-    size, number = (800, 1333), 2 if race.on_gpu else 1  # §3.1, on each GPU
-    theirs = detectors.torchvisions(preset, size)
-    race_steps(race, f"{preset}, {number} of 800 x 1333", theirs, size, number)
+def bench_step(comparison, preset):
+    size, count = (800, 1333), 2 if comparison.on_gpu else 1  # §3.1, on each GPU
+    peer = detectors.torchvision_detector(preset, size)
+    compare_steps(comparison, f"{preset}, {count} of 800 x 1333", peer, training_images(size, count))
 
 
-def race_steps(race: Race, name: str, theirs: nn.Module, size: tuple[int, int], number: int, **options: object) -> None:
-    model = detectors.ours(theirs).to(race.device).train()
-    theirs.to(race.device).train()
-    images = [detectors.picture(*size, seed).to(race.device) for seed in range(number)]
+def training_images(size: tuple[int, int], count: int) -> list[Tensor]:
+    return [detectors.textured_image(*size, seed) for seed in range(count)]
+
+
+def compare_steps(
+    comparison: Comparison, name: str, peer: nn.Module, images: Sequence[Tensor], **options: Unpack[CaseOptions]
+) -> None:
+    """Compare training steps of one of torchvision's detectors and of fastmask's with its weights.
+
+    Args:
+        comparison: the fixture.
+        name: of the case.
+        peer: torchvision's detector.
+        images: uint8 `[3, H, W]` each, all of one size.
+        options: see `CaseOptions`.
+    """
+    model = detectors.fastmask_detector(peer).to(comparison.device).train()
+    peer.to(comparison.device).train()
+    images = [image.to(comparison.device) for image in images]
     floats = [image / 255 for image in images]
-    targets = [target(size, model.config.classes, seed).to(race.device) for seed in range(number)]
+    size, classes = images[0].shape[1:], model.config.classes
+    targets = [target(size, classes, seed).to(comparison.device) for seed in range(len(images))]
     dictionaries = [{"boxes": t.boxes, "labels": t.labels, "masks": t.masks} for t in targets]
 
-    def our_losses() -> dict[str, Tensor]:
-        return model(*pictures.batch(images, model.config.input), targets)
+    def fastmask_losses() -> dict[str, Tensor]:
+        return model(*preprocess.batch(images, model.config.input), targets)
 
-    def their_losses() -> dict[str, Tensor]:
-        return theirs(floats, dictionaries)
+    def torchvision_losses() -> dict[str, Tensor]:
+        return peer(floats, dictionaries)
 
-    our_optimizer, their_optimizer = sgd(model), sgd(theirs)
-    our_step = partial(step, our_losses, our_optimizer, race.device)
-    their_step = partial(step, their_losses, their_optimizer, race.device)
-    their_places = stages.of_torchvisions(theirs) + stages.of_training(their_optimizer)
-    if race.on_gpu:
-        their_steps = {"torchvision autocast": partial(their_step, half=True), "torchvision float32": their_step}
-    else:
-        their_steps = {"torchvision": their_step}
-    calls = their_steps | {OURS: partial(our_step, half=race.on_gpu)}
-    places = dict.fromkeys(their_steps, their_places)
-    places[OURS] = stages.of_ours(model) + stages.of_training(our_optimizer)
-    race(
+    fastmask_step = partial(step, fastmask_losses, sgd(model), comparison.device, half=comparison.on_gpu)
+    torchvision_step = partial(step, torchvision_losses, sgd(peer), comparison.device)
+    calls: dict[str, Implementation] = {"torchvision": torchvision_step}
+    if comparison.on_gpu:
+        half = partial(torchvision_step, half=True)
+        calls = {"torchvision autocast": half, "torchvision float32": torchvision_step}
+    places = dict.fromkeys(calls, stages.of_torchvision(peer)) | {FASTMASK: []}
+    calls[FASTMASK] = fastmask_step
+    comparison.run(
         name,
         calls,
-        lambda a, b: bool((a - b).abs() < 0.1 * b),
-        images=number,
-        stages=stages.measures(calls, places, race.device),
+        lambda loss, expected: bool((loss - expected).abs() < 0.1 * expected),
+        stages=stages.measures(calls, comparison.device, places),
         events=False,
+        images=len(images),
         **options,
     )
 
@@ -79,11 +97,15 @@ def race_steps(race: Race, name: str, theirs: nn.Module, size: tuple[int, int], 
 def step(
     losses: Callable[[], dict[str, Tensor]], optimizer: torch.optim.Optimizer, device: str, *, half: bool = False
 ) -> Tensor:
-    optimizer.zero_grad()
+    """One training step; `half`: the forward runs under autocast in bfloat16. Returns the sum of the losses."""
+    with stages.mark(stages.OPTIMIZER):
+        optimizer.zero_grad()
     with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=half):
-        loss = sum(losses().values())
-    loss.backward()
-    optimizer.step()
+        loss = reduce(add, losses().values())
+    with stages.mark(stages.BACKWARD):
+        loss.backward()
+    with stages.mark(stages.OPTIMIZER):
+        optimizer.step()
     return loss.detach()
 
 
@@ -93,7 +115,7 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def target(size: Sequence[int], classes: int, seed: int) -> Target:
-    """COCO's objects, in an image of (height, width)."""
+    """Ground truth with objects of COCO's sizes in an image of (height, width)."""
     boxes = objects(OBJECTS, seed=seed) * torch.tensor([size[1] / IMAGE[1], size[0] / IMAGE[0]]).repeat(2)
     masks = torch.zeros(OBJECTS, *size, dtype=torch.uint8)
     for mask, (x1, y1, x2, y2) in zip(masks, boxes.round().int().tolist(), strict=True):

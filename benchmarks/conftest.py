@@ -1,11 +1,11 @@
-"""`pytest benchmarks/`: where to measure, how long, and where the results go."""
+"""Options and fixtures of `pytest benchmarks/`."""
 
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.harness.comparison import Race
+from benchmarks.harness.comparison import Comparison
 from benchmarks.harness.machine import Machine
 from benchmarks.reporting import results
 from benchmarks.reporting.results import Case, Section
@@ -15,8 +15,8 @@ def pytest_addoption(parser):
     group = parser.getgroup("fastmask", "fastmask's benchmarks")
     group.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     group.addoption("--threads", type=int, help="of the CPU; default: as many as PyTorch likes")
-    group.addoption("--quick", action="store_true", help="few small cases, few rounds: that everything runs")
-    group.addoption("--results", type=Path, help="JSON in which to replace the sections that run")
+    group.addoption("--quick", action="store_true", help="few small cases, few rounds: a test that everything runs")
+    group.addoption("--results", type=Path, help="JSON file in which the sections that run are replaced")
 
 
 def pytest_configure(config):
@@ -39,22 +39,22 @@ def machine(request):
 
 @pytest.fixture(scope="module")
 def record(request, machine):
-    """Takes a case of this section; the file is written after each, so a run that is cut off has its share."""
+    """Adds a case to this section and writes the file, so that an interrupted run keeps what it has measured."""
     option = request.config.option
     name = request.module.__name__.rpartition("bench_")[2]
     section = Section(machine.run(quick=option.quick), [])
 
-    def done(case: Case) -> None:
+    def add(case: Case) -> None:
         assert case.name not in [other.name for other in section.cases]  # `compare` finds cases by their names
         section.cases.append(case)
         if option.results:
-            found = results.load(option.results) if option.results.exists() else {}
-            results.save(found | {name: section}, option.results)
+            others = results.load(option.results) if option.results.exists() else {}
+            results.save(others | {name: section}, option.results)
 
-    return done
+    return add
 
 
 @pytest.fixture
-def race(request, benchmark, machine, record):
+def comparison(request, benchmark, machine, record):
     torch.manual_seed(0)
-    return Race(benchmark, machine, record, quick=request.config.option.quick)
+    return Comparison(benchmark, machine, record, quick=request.config.option.quick)

@@ -1,1 +1,1 @@
-"""How things are measured: machine, timing, checks."""
+"""How things are measured: the machine, timing, checks, workloads."""

@@ -1,161 +1,143 @@
-"""Everyone who can run a workload is checked, then timed in turn.
+"""The comparison of providers on one workload: all are checked, then timed in turn.
 
-The order matters. All providers run once, and must agree with ours, before any clock starts. Then they take turns, one
-call each a round, so that a machine's moods fall on all of them; ours is the call that pytest-benchmark times. On a GPU
-each is then timed by device events as well. docs/benchmarks.md says what each figure means.
+All providers run once, and must agree with fastmask, before anything is timed. Then they take turns, one call each in a
+round, so that the drift of the machine affects all of them alike; fastmask is the call that pytest-benchmark times. On
+a GPU each is then timed by device events as well. docs/benchmarks.md says what each figure means.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Literal, TypedDict, Unpack
 
-import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.harness.machine import Call, Machine
-from benchmarks.reporting.results import OURS, Case, Kind, is_ours
+from benchmarks.harness.checks import Checked, Same, check
+from benchmarks.harness.machine import Machine
+from benchmarks.harness.timing import Implementation
+from benchmarks.reporting.results import FASTMASK, Case, Kind, is_fastmask
 
-# A round is one call of each provider.
-SLOW = 10.0  # seconds: of rounds that take longer, one
-MOST = 50  # rounds
+SLOW_SECONDS = 10.0  # a workload of which a round takes longer has only one
+MAX_ROUNDS = 50
 
-DISAGREES = "its result is not ours"
-
-
-def parameters(rows: Iterable[tuple], quick: Callable[..., bool]) -> list[Any]:
-    """Rows of `pytest.mark.parametrize`, marked where `quick(*row)`."""
-    return [pytest.param(*row, marks=[pytest.mark.quick] if quick(*row) else []) for row in rows]
+Stages = Mapping[str, Callable[[], dict[str, float]]]
 
 
-def close(tolerance: float) -> Callable[[object, object], bool]:
-    """Whether tensors differ by at most so much of the largest magnitude."""
-
-    def same(ours: object, theirs: object) -> bool:
-        pairs = zip(ours, theirs, strict=True) if isinstance(ours, tuple) else [(ours, theirs)]
-        return all((a.double() - b.double()).abs().max() <= tolerance * b.double().abs().max() for a, b in pairs)
-
-    return same
+Target = Mapping[Literal["cpu", "gpu"], float] | None
 
 
-class Race:
-    """The fixture of a benchmark: `race(name, {"fastmask": ours, "torchvision": theirs}, ...)`."""
+class Work(TypedDict):
+    """The work that no implementation avoids; a module of benchmarks says how it is counted."""
+
+    bytes: int
+    flops: int
+
+
+class CaseOptions(TypedDict, total=False):
+    """What a benchmark says of a case apart from its name and its work."""
+
+    kind: Kind  # "paper" unless given
+    target: Target  # how many times as fast as torchvision fastmask has to be
+    axis: str  # of a scaling case: the quantity that grows
+    at: float  # of a scaling case: its value
+
+
+class Comparison:
+    """The fixture of a benchmark: `comparison.run(name, {"fastmask": ..., "torchvision": ...}, same, ...)`."""
 
     def __init__(
-        self, benchmark: BenchmarkFixture, machine: Machine, done: Callable[[Case], None], *, quick: bool
+        self, benchmark: BenchmarkFixture, machine: Machine, record: Callable[[Case], None], *, quick: bool
     ) -> None:
         self.benchmark = benchmark
         self.machine = machine
-        self.done = done
+        self.record = record
         self.quick = quick
         self.device = machine.device
         self.on_gpu = machine.on_gpu
-        self.main_dtype = "bfloat16" if machine.on_gpu else "float32"  # what detectors run in there
+        self.main_dtype = "bfloat16" if machine.on_gpu else "float32"  # that detectors use on this device
 
-    def __call__(
+    def run(
         self,
         name: str,
-        providers: Mapping[str, Call],
-        same: Callable[[object, object], bool],
+        providers: Mapping[str, Implementation],
+        same: Same,
         *,
-        kind: Kind = "paper",
         bytes: int | None = None,
         flops: int | None = None,
         rate: str = "float32",
-        target: Mapping[Literal["cpu", "gpu"], float] | None = None,
         missing: Mapping[str, str] | None = None,
         events: bool = True,
         capture: bool = True,
-        stages: Mapping[str, Callable[[], dict[str, float]]] | None = None,
-        **more: object,
+        images: int | None = None,
+        stages: Stages | None = None,
+        **options: Unpack[CaseOptions],
     ) -> None:
         """Check, time and record one case.
 
         Args:
             name: of the case, unique in its section.
-            providers: by name, `OURS` among them. A peer that raises a RuntimeError is recorded as missing.
-            same: whether ours and a peer's results agree.
-            kind: see `results.Case`.
-            bytes, flops: of the operator's own model.
-            rate: dtype of the matrix product whose rate bounds `flops`.
-            target: how many times as fast as torchvision it has to be.
-            missing: providers that are not here, and why.
-            events: also time by device events, or by the host's clock alone, as whole detectors are.
-            capture: also replay in a CUDA graph what is ours and does not wait.
-            stages: by provider, what measures its stages, called when everything is timed.
-            more: other fields of `results.Case`.
+            providers: by name, `FASTMASK` among them. A peer that raises a RuntimeError is recorded as missing.
+            same: whether fastmask's result and another's agree.
+            bytes: that any implementation has to move.
+            flops: that any implementation has to compute.
+            rate: the dtype of the matrix product whose rate bounds `flops`.
+            missing: providers that are not available, and why.
+            events: also time by device events. Whole detectors are timed by the host's clock alone.
+            capture: also time fastmask in a CUDA graph, if it does not synchronise.
+            images: of an end-to-end case, in a batch.
+            stages: by provider, a function that measures its stages, called when everything is timed.
+            options: see `CaseOptions`.
         """
-        machine = self.machine
-        calls, first_ms, missing = self._checked(name, providers, same, dict(missing or {}))
-        ours = calls[OURS]
-        if self.benchmark.disabled:  # --benchmark-disable, or pytest-xdist: checks alone
-            self.benchmark.pedantic(ours)
+        checked = check(name, providers, same, missing or {}, self.machine.timer)
+        if self.benchmark.disabled:  # by --benchmark-disable or pytest-xdist
+            self.benchmark.pedantic(checked.calls[FASTMASK])
             return
-        rounds = self._rounds(calls, first_ms)
-        latencies: dict[str, list[float]] = {provider: [] for provider in calls}
-
-        def others() -> None:
-            for provider, call in calls.items():
-                if provider != OURS:
-                    latencies[provider].append(machine.clock(call))
-
-        self.benchmark.pedantic(lambda: machine.finish(ours), setup=others, rounds=rounds)
-        latencies[OURS] = [1e3 * seconds for seconds in self.benchmark.stats.stats.data]
+        latencies = self._latencies(checked)
         timings = {
-            provider: machine.time(call, latencies[provider], events=events, capture=capture and is_ours(provider))
-            for provider, call in calls.items()
+            provider: self.machine.timer.describe(
+                call, latencies[provider], events=events, capture=capture and is_fastmask(provider)
+            )
+            for provider, call in checked.calls.items()
         }
-        self.done(
+        self.record(
             Case(
                 name,
-                kind,
+                options.get("kind", "paper"),
                 timings,
-                missing=missing,
+                missing=checked.missing,
                 bytes=bytes,
                 flops=flops,
-                floor_ms=None if bytes is None else machine.floor_ms(bytes, flops or 0, rate),
-                target=(target or {}).get("gpu" if self.on_gpu else "cpu"),
-                stages={provider: measure() for provider, measure in (stages or {}).items() if provider in calls},
-                **more,
+                floor_ms=None if bytes is None else self.machine.floor_ms(bytes, flops or 0, rate),
+                target=(options.get("target") or {}).get("gpu" if self.on_gpu else "cpu"),
+                axis=options.get("axis"),
+                at=options.get("at"),
+                images=images,
+                stages={name: measure() for name, measure in (stages or {}).items() if name in checked.calls},
             )
         )
 
-    def _checked(
-        self, name: str, providers: Mapping[str, Call], same: Callable[[object, object], bool], missing: dict[str, str]
-    ) -> tuple[dict[str, Call], float, dict[str, str]]:
-        """Those that run and agree with ours, how long all took, and why the others do not run."""
-        start = time.perf_counter()
-        expected = self.machine.finish(providers[OURS])
-        calls = {OURS: providers[OURS]}
-        for provider, call in providers.items():
-            if provider == OURS:
-                continue
-            try:
-                result = self.machine.finish(call)
-            except RuntimeError as error:  # no such dtype, no memory, nothing to compile with
-                if is_ours(provider):
-                    raise
-                missing[provider] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-                continue
-            if same(expected, result):
-                calls[provider] = call
-                continue
-            # Others come in any version, and round where they like: but somebody has to agree.
-            may_differ = provider != "torchvision" and not is_ours(provider)
-            assert may_differ, f"{name}: {provider}'s result is not ours, nothing was timed"
-            missing[provider] = DISAGREES
-        assert len(calls) > 1 or DISAGREES not in missing.values(), (
-            f"{name}: nobody's result is ours, nothing was timed"
-        )
-        return calls, (time.perf_counter() - start) * 1e3, missing
+    def _latencies(self, checked: Checked) -> dict[str, list[float]]:
+        """Milliseconds of the host's clock by provider, a figure for each round."""
+        timer = self.machine.timer
+        latencies: dict[str, list[float]] = {provider: [] for provider in checked.calls}
 
-    def _rounds(self, calls: Mapping[str, Call], first_ms: float) -> int:
-        """As many as there is time for. A second call says how long they take: the first may have compiled."""
-        if first_ms > 1e3 * SLOW and not self.on_gpu and "torch.compile" not in calls:
+        def time_peers() -> None:
+            for provider, call in checked.calls.items():
+                if provider != FASTMASK:
+                    latencies[provider].append(timer.clock(call))
+
+        rounds = self._rounds(checked)
+        self.benchmark.pedantic(lambda: timer.finish(checked.calls[FASTMASK]), setup=time_peers, rounds=rounds)
+        assert self.benchmark.stats is not None
+        latencies[FASTMASK] = [1e3 * seconds for seconds in self.benchmark.stats.stats.data]
+        return latencies
+
+    def _rounds(self, checked: Checked) -> int:
+        """As many as there is time for. Second calls say how long a round takes, since the first may compile."""
+        if checked.milliseconds > 1e3 * SLOW_SECONDS and not self.on_gpu and "torch.compile" not in checked.calls:
             return 1
-        seconds = sum(self.machine.clock(call) for call in calls.values()) / 1e3
-        if seconds > SLOW:
+        seconds = sum(self.machine.timer.clock(call) for call in checked.calls.values()) / 1e3
+        if seconds > SLOW_SECONDS:
             return 1
         budget, least = (0.3, 1) if self.quick else (0.3 if self.on_gpu else 2.0, 3)
-        return max(least, min(MOST, int(budget / max(seconds, 1e-6))))
+        return max(least, min(MAX_ROUNDS, int(budget / max(seconds, 1e-6))))

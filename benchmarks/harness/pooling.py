@@ -1,82 +1,153 @@
-"""What the benchmarks of pooling operators share: dtypes, layouts, and the passes that are timed."""
+"""What the benchmarks of pooling operators share: their inputs, the bytes they move, and the passes that are timed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Unpack
 
 import torch
+import torchvision
 from torch import Tensor
 
-from benchmarks.harness.comparison import Race, close
-from benchmarks.harness.machine import Call
-from benchmarks.harness.workloads import generator
+from benchmarks.harness.checks import close
+from benchmarks.harness.comparison import CaseOptions, Comparison
+from benchmarks.harness.timing import Implementation
+from benchmarks.harness.workloads import C4, DTYPES, LAYOUTS, c4_map, covered, generator
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}
-DIRECTIONS = ("forward", "backward")
+
+Direction = Literal["forward", "backward", "forward + backward"]
+DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 
 Pool = Callable[[], Tensor]
 
+torchvision_ops: Any = torchvision.ops  # torch.fx.wrap hides the types of its functions
 
-def torchvision_in(dtype: str) -> str:
-    """The peer's name: maps in half precision are pooled in float32 by torchvision, under autocast."""
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a pooling operator reads."""
+
+    features: Sequence[Tensor]  # [N, C, H, W] of each level, all of one dtype
+    boxes: Sequence[Tensor]  # [K, 4] of each image
+    strides: Sequence[int]  # of each level
+
+    @property
+    def dtype(self) -> str:
+        return str(self.features[0].dtype).removeprefix("torch.")
+
+    def bytes(self, direction: Direction, outputs: int) -> int:
+        """Bytes that have to move.
+
+        Of the features, the pixels that some box covers are read (forward), and all gradients are written (backward).
+
+        Args:
+            direction: what is timed.
+            outputs: bytes of the outputs, or of their gradients, and of what is saved for the backward.
+        """
+        _, channels, _, _ = self.features[0].shape
+        shapes = [(feature.shape[2], feature.shape[3]) for feature in self.features]
+        read = covered(self.boxes, shapes, self.strides) * channels * self.features[0].itemsize
+        written = sum(feature.nbytes for feature in self.features)
+        per_pass = outputs + sum(box.nbytes for box in self.boxes)
+        return {
+            "forward": read + per_pass,
+            "backward": written + per_pass,
+            "forward + backward": read + written + 2 * per_pass,
+        }[direction]
+
+
+def c4_inputs(device: str, boxes: Tensor, dtype: str, layout: str = "channels_last") -> Inputs:
+    """`[K, 4]` boxes on the feature map of a C4."""
+    return Inputs([c4_map(device, DTYPES[dtype], LAYOUTS[layout])], [boxes.to(device)], [C4.stride])
+
+
+def torchvision_provider(dtype: str) -> str:
+    """torchvision's name in results: features in half precision it pools in float32, under autocast."""
     return "torchvision" if dtype == "float32" else "torchvision autocast"
 
 
-def race_passes(
-    race: Race, name: str, direction: str, pools: Mapping[str, Pool], maps: Sequence[Tensor], **options: object
+def compare_passes(
+    comparison: Comparison,
+    name: str,
+    direction: Direction,
+    pools: Mapping[str, Pool],
+    inputs: Inputs,
+    *,
+    bytes: int,
+    flops: int,
+    **options: Unpack[CaseOptions],
 ) -> None:
-    """Race one direction of pooling `maps`; `options` are the race's."""
-    dtype = str(maps[0].dtype).removeprefix("torch.")
-    race(
-        name,
-        passes(direction, pools, maps),
-        close(TOLERANCE[dtype]),
-        # Half precision is bounded by bfloat16's product: CPUs may have none that is fast in float16.
-        rate="float32" if dtype == "float32" else "bfloat16",
-        # Autograd runs a backward on the stream of its forward, which is not the capture's.
+    """Compare one direction of pooling operators.
+
+    Args:
+        comparison: the fixture.
+        name: of the case, without the direction.
+        direction: what is timed.
+        pools: by provider, a function that pools `inputs`.
+        inputs: see `Inputs`.
+        bytes, flops: that any implementation has to move and to compute in this direction.
+        options: see `CaseOptions`.
+    """
+    comparison.run(
+        f"{direction}, {name}",
+        passes(direction, pools, inputs.features),
+        close(TOLERANCE[inputs.dtype]),
+        bytes=bytes,
+        flops=flops,
+        # Half precision is bounded by the rate of a product in bfloat16: CPUs may have none that is fast in float16.
+        rate="float32" if inputs.dtype == "float32" else "bfloat16",
+        # Autograd runs a backward on the stream of its forward, which is not the stream of the capture.
         capture=direction != "backward",
         **options,
     )
 
 
-def passes(direction: str, pools: Mapping[str, Pool], maps: Sequence[Tensor]) -> dict[str, Call]:
-    """The calls to time.
-
-    Args:
-        direction: "forward"; "backward", of one graph again and again; or "forward + backward".
-        pools: by provider: pool `maps`.
-        maps: all of one dtype.
-    """
-    dtype = maps[0].dtype
-    autocast = torch.autocast(maps[0].device.type, None if dtype == torch.float32 else dtype, dtype != torch.float32)
-
-    def forward(pool: Pool) -> Tensor:
-        with torch.set_grad_enabled(direction != "forward"), autocast:
-            return pool()
-
-    def gradient(out: Tensor) -> Tensor:
-        return torch.empty_like(out).copy_(torch.randn(out.shape, generator=generator(1)))
-
-    def backward(pool: Pool) -> Call:
-        graph: list[Tensor] = []  # an output and its gradient, made when a provider is tried
-
-        def run() -> tuple[Tensor, ...]:
-            if direction == "backward":
-                if not graph:
-                    out = forward(pool)
-                    graph.extend([out, gradient(out)])
-                return torch.autograd.grad(graph[0], maps, graph[1], retain_graph=True)
-            out = forward(pool)
-            if not graph:
-                graph.append(gradient(out))
-            return torch.autograd.grad(out, maps, graph[0])
-
-        return run
-
+def passes(direction: Direction, pools: Mapping[str, Pool], features: Sequence[Tensor]) -> dict[str, Implementation]:
+    """The calls to time, by provider: a forward, a backward of one graph again and again, or both."""
     if direction == "forward":
-        return {name: lambda pool=pool: forward(pool) for name, pool in pools.items()}
-    for feature in maps:
+        return {name: lambda pool=pool: _forward(pool, features) for name, pool in pools.items()}
+    for feature in features:
         feature.requires_grad_()
-    return {name: backward(pool) for name, pool in pools.items()}
+    make = _backward if direction == "backward" else _forward_and_backward
+    return {name: make(pool, features) for name, pool in pools.items()}
+
+
+def _forward(pool: Pool, features: Sequence[Tensor]) -> Tensor:
+    dtype, device = features[0].dtype, features[0].device.type
+    half = dtype != torch.float32
+    with (
+        torch.set_grad_enabled(features[0].requires_grad),
+        torch.autocast(device, dtype if half else None, enabled=half),
+    ):
+        return pool()
+
+
+def _backward(pool: Pool, features: Sequence[Tensor]) -> Implementation:
+    graph: list[Tensor] = []  # an output and its gradient, made by the first call
+
+    def run() -> tuple[Tensor, ...]:
+        if not graph:
+            output = _forward(pool, features)
+            graph.extend([output, _gradient(output)])
+        output, gradient = graph
+        return torch.autograd.grad(output, features, gradient, retain_graph=True)
+
+    return run
+
+
+def _forward_and_backward(pool: Pool, features: Sequence[Tensor]) -> Implementation:
+    gradients: list[Tensor] = []  # one, made by the first call
+
+    def run() -> tuple[Tensor, ...]:
+        output = _forward(pool, features)
+        if not gradients:
+            gradients.append(_gradient(output))
+        return torch.autograd.grad(output, features, gradients[0])
+
+    return run
+
+
+def _gradient(output: Tensor) -> Tensor:
+    return torch.empty_like(output).copy_(torch.randn(output.shape, generator=generator(1)))

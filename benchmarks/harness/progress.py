@@ -1,4 +1,4 @@
-"""A plugin for pytest, `-p benchmarks.harness.progress`: a bar instead of the terminal's report, failures above it."""
+"""A plugin for pytest, `-p benchmarks.harness.progress`: a progress bar with failures above it, not a report."""
 
 import sys
 

@@ -1,32 +1,35 @@
-"""Where a detector's time goes, by stage, in ours as in torchvision's.
+"""Where a detector's time goes, by stage.
 
-The time between two marks belongs to the innermost stage that is running, so stages exclude one another and sum to the
-whole. Marks are the clock on a CPU, and events on a GPU, which do not wait: a stage there includes the gaps in which
-the device waits for the host. A stage runs while one of its functions does, each wrapped where it is looked up.
+A stage is a range that the code marks with `torch.profiler.record_function("fastmask::<stage>")`. fastmask's detector
+marks its stages itself; the functions of a peer, which has no marks, are wrapped in the same marks while it is
+measured. The time between two boundaries of marks belongs to the innermost mark there, so stages exclude one another
+and sum to the whole call.
+
+On a CPU the boundaries are those of the host's clock. On a GPU each is moved to when the device reaches it: when the
+device has finished everything that the host launched before. A GPU's stage thus includes the gaps in which the device
+is idle, and work that autograd launches from a thread of its own, during which the host's mark stays open.
 """
 
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
-from itertools import pairwise
+from functools import partial, wraps
+from itertools import accumulate
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
 import torchvision
-from torch import nn
+from torch._C._autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile, record_function
 from torchvision.models.detection import transform
-from torchvision.transforms.v2 import functional
 
-from benchmarks.harness import detectors
-from models import preprocess as images
-from models import structures
-from models.network import heads, mask_rcnn, rpn
-from models.network.mask_rcnn import MaskRCNN
+from benchmarks.harness.timing import Implementation
 
+PREFIX = "fastmask::"
 STAGES = PREPROCESS, BACKBONE, FPN, RPN, POOLING, HEADS, NMS, PASTE, RLE, BACKWARD, OPTIMIZER, OTHER = (
     "preprocess",
     "backbone",
@@ -42,108 +45,171 @@ STAGES = PREPROCESS, BACKBONE, FPN, RPN, POOLING, HEADS, NMS, PASTE, RLE, BACKWA
     "other",
 )
 
-Place = tuple[object, str, str]  # an object, its attribute that is called, and the stage that runs meanwhile
+
+class Place(NamedTuple):
+    """An attribute of an object of a peer that is called, and the stage that its call is."""
+
+    owner: object
+    attribute: str
+    stage: str
 
 
-class Stopwatch:
-    """Tells stages apart in what runs inside `stage`; the outermost one is the whole."""
+class Mark(NamedTuple):
+    """A marked range; nanoseconds of the host's clock."""
 
-    def __init__(self, device: str) -> None:
-        self._on_gpu = torch.device(device).type != "cpu"
-        self._running = [OTHER]
-        self._marks: list[tuple[str, float | torch.cuda.Event]] = []  # which stage goes on from there
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        self._running.append(name)
-        self._mark()
-        try:
-            yield
-        finally:
-            self._running.pop()
-            self._mark()
-
-    def milliseconds(self) -> dict[str, float]:
-        """Of each stage that has run, in the order of `STAGES`; waits for the device."""
-        if self._on_gpu:
-            torch.cuda.synchronize()
-        spent = dict.fromkeys(STAGES, 0.0)
-        for (stage, start), (_, end) in pairwise(self._marks):
-            spent[stage] += start.elapsed_time(end) if self._on_gpu else 1e3 * (end - start)
-        ran = {stage for stage, _ in self._marks}
-        return {stage: total for stage, total in spent.items() if stage in ran}
-
-    def _mark(self) -> None:
-        now = time.perf_counter()
-        if self._on_gpu:
-            now = torch.cuda.Event(enable_timing=True)
-            now.record()
-        self._marks.append((self._running[-1], now))
+    start: int
+    end: int
+    stage: str
 
 
-def measure(call: Callable[[], object], places: Sequence[Place], device: str) -> dict[str, float]:
-    """Milliseconds of each stage, as medians over a few calls on a GPU, of one on a CPU."""
-    runs = [_measure(call, places, device) for _ in range(1 if device == "cpu" else 3)]
+class Activity(NamedTuple):
+    """A kernel or a copy on the device; nanoseconds."""
+
+    launch: int  # by the host
+    end: int
+
+
+def mark(stage: str) -> record_function:
+    """The mark of a stage, for what the benchmarks add to a detector."""
+    return record_function(PREFIX + stage)
+
+
+def measure(call: Implementation, device: str, places: Sequence[Place] = ()) -> dict[str, float]:
+    """Milliseconds of each stage that ran, in the order of `STAGES`: of one call on a CPU, medians of three on a GPU.
+
+    Args:
+        call: what is measured; what it does outside of all marks is the stage "other".
+        device: "cpu" or "cuda".
+        places: functions that are wrapped in marks meanwhile.
+    """
+    with marked(places):
+        runs = [_measure(call, device) for _ in range(1 if device == "cpu" else 3)]
     return {stage: statistics.median(run[stage] for run in runs) for stage in runs[0]}
 
 
 def measures(
-    calls: Mapping[str, Callable[[], object]], places: Mapping[str, Sequence[Place]], device: str
+    calls: Mapping[str, Implementation], device: str, places: Mapping[str, Sequence[Place]]
 ) -> dict[str, Callable[[], dict[str, float]]]:
-    """What measures the stages of each provider, where its places are known."""
-    return {name: partial(measure, call, places[name], device) for name, call in calls.items() if name in places}
+    """The argument `stages` of a comparison: a function for each of the calls that has an entry in `places`."""
+    return {name: partial(measure, call, device, places[name]) for name, call in calls.items() if name in places}
 
 
-def _measure(call: Callable[[], object], places: Sequence[Place], device: str) -> dict[str, float]:
-    watch = Stopwatch(device)
-    with ExitStack() as wrapped:
-        for owner, name, stage in places:
-            wrapped.enter_context(patch.object(owner, name, watch.stage(stage)(getattr(owner, name))))
-        with watch.stage(OTHER):
-            call()
-    return watch.milliseconds()
+@contextmanager
+def marked(places: Iterable[Place]) -> Iterator[None]:
+    """Wrap functions in the marks of their stages."""
+    with ExitStack() as patches:
+        for owner, attribute, stage in places:
+            wrapped = _marked(getattr(owner, attribute), stage)
+            patches.enter_context(patch.object(owner, attribute, wrapped))
+        yield
 
 
-def of_ours(model: MaskRCNN) -> list[Place]:
-    return [
-        (images, "resize", PREPROCESS),
-        (images, "batch", PREPROCESS),
-        (model.backbone, "forward", BACKBONE),
-        *([] if model.fpn is None else [(model.fpn, "forward", FPN)]),
-        *((model.rpn, name, RPN) for name in ("forward", "anchors", "propose", "losses")),
-        (mask_rcnn, "multiscale_roi_align", POOLING),
-        (model, "_infer", HEADS),  # and in these two, what is not in the others
-        (model, "_head_losses", HEADS),
-        (mask_rcnn, "decode_keypoints", HEADS),
-        (rpn, "nms_padded", NMS),
-        (heads, "nms_padded", NMS),
-        (structures, "paste_masks", PASTE),
-        (detectors, "encode_ours", RLE),
+def _marked(function: Callable[..., Any], stage: str) -> Callable[..., Any]:
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with mark(stage):
+            return function(*args, **kwargs)
+
+    return run
+
+
+def _measure(call: Implementation, device: str) -> dict[str, float]:
+    on_gpu = torch.device(device).type != "cpu"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    # acc_events: without it, PyTorch warns that events of earlier cycles are dropped, of which there are none.
+    with profile(activities=activities, acc_events=True) as profiler, mark(OTHER):
+        call()
+        if on_gpu:
+            torch.cuda.synchronize()
+    marks, work = _read(profiler)
+    spent = exclusive(marks, work)
+    return {stage: spent[stage] / 1e6 for stage in sorted(spent, key=_order)}
+
+
+def _order(stage: str) -> int:
+    return STAGES.index(stage) if stage in STAGES else len(STAGES)
+
+
+def _read(profiler: profile) -> tuple[list[Mark], list[Activity]]:
+    """The marks of a profile, and the work of the device.
+
+    Raw events: to make public ones of them takes longer than the call, and these do not say which launch is whose.
+    """
+    assert profiler.profiler is not None
+    assert profiler.profiler.kineto_results is not None
+    events = profiler.profiler.kineto_results.events()
+    on_host = [event for event in events if event.device_type() == DeviceType.CPU]
+    marks = [
+        Mark(event.start_ns(), event.end_ns(), event.name().removeprefix(PREFIX))
+        for event in on_host
+        if event.is_user_annotation() and event.name().startswith(PREFIX)
     ]
+    # A kernel is linked to the operator that launched it, of which the host's mark is that of its launch.
+    operators = {event.correlation_id(): event.start_ns() for event in on_host if not event.linked_correlation_id()}
+    work = [
+        Activity(operators.get(event.linked_correlation_id(), event.start_ns()), event.end_ns())
+        for event in events
+        if event.device_type() != DeviceType.CPU and not event.is_user_annotation()
+    ]
+    return marks, work
 
 
-def of_torchvisions(model: nn.Module) -> list[Place]:
+def exclusive(marks: Iterable[Mark], work: Iterable[Activity] = ()) -> dict[str, int]:
+    """Nanoseconds in which each stage is the innermost mark.
+
+    Args:
+        marks: nested or disjoint, all within one outermost mark.
+        work: of the device, which moves the boundaries of marks to when it reaches them.
+    """
+    reached = _clock(work)
+    spent: dict[str, int] = {}
+    running: list[Mark] = []
+    now = 0
+
+    def advance(time: int) -> None:
+        nonlocal now
+        if running:
+            stage = running[-1].stage
+            spent[stage] = spent.get(stage, 0) + reached(time) - reached(now)
+        now = time
+
+    def leave_until(time: float) -> None:
+        while running and running[-1].end <= time:
+            advance(running[-1].end)
+            running.pop()
+
+    for entry in sorted(marks, key=lambda entry: (entry.start, -entry.end)):
+        leave_until(entry.start)
+        advance(entry.start)
+        running.append(entry)
+    leave_until(float("inf"))
+    return spent
+
+
+def _clock(work: Iterable[Activity]) -> Callable[[int], int]:
+    """When the device reaches a time of the host: when everything that was launched before is finished."""
+    ordered = sorted(work)
+    launches = [activity.launch for activity in ordered]
+    finished = list(accumulate((activity.end for activity in ordered), max))
+
+    def reached(time: int) -> int:
+        before = bisect_left(launches, time)
+        return max(time, finished[before - 1]) if before else time
+
+    return reached
+
+
+def of_torchvision(model: Any) -> list[Place]:
+    """Where one of torchvision's detectors passes through the stages."""
     roi_heads = model.roi_heads
     poolers = [roi_heads.box_roi_pool, roi_heads.mask_roi_pool, roi_heads.keypoint_roi_pool]
     return [
-        (functional, "to_dtype", PREPROCESS),
-        (model.transform, "forward", PREPROCESS),
-        (model.backbone.body, "forward", BACKBONE),
-        (model.backbone.fpn, "forward", FPN),
-        (model.rpn, "forward", RPN),
-        *((pooler, "forward", POOLING) for pooler in poolers if pooler is not None),
-        (roi_heads, "forward", HEADS),
-        (torchvision.ops.boxes, "batched_nms", NMS),
-        (transform, "paste_masks_in_image", PASTE),
-        (detectors, "threshold", PASTE),
-        (detectors, "encode_torchvisions", RLE),
-    ]
-
-
-def of_training(optimizer: torch.optim.Optimizer) -> list[Place]:
-    """What a training step adds to a model's."""
-    return [
-        (torch.autograd, "backward", BACKWARD),
-        (optimizer, "step", OPTIMIZER),
-        (optimizer, "zero_grad", OPTIMIZER),
+        Place(model.transform, "forward", PREPROCESS),
+        Place(model.backbone.body, "forward", BACKBONE),
+        Place(model.backbone.fpn, "forward", FPN),
+        Place(model.rpn, "forward", RPN),
+        *(Place(pooler, "forward", POOLING) for pooler in poolers if pooler is not None),
+        Place(roi_heads, "forward", HEADS),
+        Place(torchvision.ops.boxes, "batched_nms", NMS),
+        Place(transform, "paste_masks_in_image", PASTE),
     ]

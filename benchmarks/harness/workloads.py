@@ -1,9 +1,10 @@
-"""What the operators are given: an image's feature maps, and boxes and scores as detectors see them.
+"""Inputs of the operators: the feature maps of an image, and boxes and scores as detectors see them.
 
-The model of boxes. Of COCO's objects 41% are smaller than 32^2 pixels, 34% between that and 96^2, 24% larger
-(cocodataset.org, "Detection Evaluation"). A log-normal side fits these numbers; images of 640 x 480 enlarged to the
-paper's 800 x 1333 double it. Aspect ratios are log-normal about 1, places uniform. `candidates` are what NMS gets: most
-boxes are jittered copies of some thirty objects, the others lie anywhere; most scores are low, as a softmax's are.
+The model of boxes: 41% of COCO's objects are smaller than 32^2 pixels, 34% are between that and 96^2, and 24% are
+larger (cocodataset.org, "Detection Evaluation"). A log-normal side fits these numbers, doubled because images of
+640 x 480 are enlarged to the paper's 800 x 1333. Aspect ratios are log-normal about 1, places uniform. `candidates` are
+inputs of NMS: most boxes are jittered copies of thirty objects, the others lie anywhere; most scores are low, as those
+of a softmax.
 """
 
 from __future__ import annotations
@@ -20,15 +21,18 @@ IMAGE = (800, 1344)  # §3.1, padded to a multiple of 32
 STRIDES = (4, 8, 16, 32)  # P2 to P5
 CHANNELS = 256
 
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
+
 
 class Map(NamedTuple):
-    """A single feature map of `IMAGE`."""
+    """The feature map of a backbone without a pyramid, over `IMAGE`."""
 
     stride: int
     channels: int
 
 
-C4 = Map(stride=16, channels=1024)  # of a ResNet-50 or deeper
+C4 = Map(stride=16, channels=1024)  # the fourth stage of a ResNet-50 or deeper
 
 # ln(side) in a 640 x 480 image: quantiles 0.41 and 0.76 at ln(32) and ln(96); then twice as large.
 _LOG_SIDE_STD = math.log(96 / 32) / (0.7063 + 0.2275)
@@ -65,19 +69,25 @@ def _random(shape: tuple[int, ...], g: torch.Generator, dtype: torch.dtype, layo
 
 
 def covered(boxes: Sequence[Tensor], shapes: Sequence[tuple[int, int]], strides: Sequence[int]) -> int:
-    """How many pixels of the maps the boxes of each image touch, each on its level (Lin et al. 2017, eq. 1)."""
+    """The number of pixels of the feature maps that some box covers, each box on its level (Lin et al. 2017, eq. 1).
+
+    Args:
+        boxes: `[K, 4]` of each image.
+        shapes: (height, width) of each level.
+        strides: of each level.
+    """
     total = 0
     for box in boxes:
         level = (4 + torch.log2((box[:, 2:] - box[:, :2]).prod(1).sqrt() / 224)).floor()
         level = level.clamp(math.log2(strides[0]), math.log2(strides[-1]))
         for (height, width), stride in zip(shapes, strides, strict=True):
-            own = box[level == math.log2(stride)] / stride
-            limit = own.new_tensor([width, height])
-            x1, y1 = own[:, :2].floor().minimum(limit - 1).clamp(min=0).long().unbind(1)
-            x2, y2 = (own[:, 2:].floor() + 2).minimum(limit).long().unbind(1)  # with the last sample's neighbour
-            corners = own.new_zeros(height + 1, width + 1)
+            on_level = box[level == math.log2(stride)] / stride
+            limit = on_level.new_tensor([width, height])
+            x1, y1 = on_level[:, :2].floor().minimum(limit - 1).clamp(min=0).long().unbind(1)
+            x2, y2 = (on_level[:, 2:].floor() + 2).minimum(limit).long().unbind(1)  # with the last sample's neighbour
+            corners = on_level.new_zeros(height + 1, width + 1)
             for y, x, sign in ((y1, x1, 1.0), (y2, x2, 1.0), (y1, x2, -1.0), (y2, x1, -1.0)):
-                corners.index_put_((y, x), own.new_tensor(sign), accumulate=True)
+                corners.index_put_((y, x), on_level.new_tensor(sign), accumulate=True)
             total += int((corners.cumsum(0).cumsum(1) > 0.5).sum())
     return total
 
@@ -94,7 +104,7 @@ def objects(count: int, *, image: Sequence[int] = IMAGE, seed: int = 0) -> Tenso
 
 
 def candidates(count: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """`[count, 4]` boxes, of which three quarters crowd around thirty objects, and `[count]` scores."""
+    """`[count, 4]` boxes, of which three quarters are near one of thirty objects, and `[count]` scores."""
     g = generator(seed)
     boxes = objects(count, seed=seed)
     crowd = count * 3 // 4
@@ -110,7 +120,7 @@ def candidates(count: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def one_spot(count: int) -> Tensor:
-    """The same box again and again."""
+    """Copies of one box."""
     return torch.tensor([[500.0, 300.0, 620.0, 450.0]]).repeat(count, 1)
 
 
@@ -121,7 +131,7 @@ def sized(count: int, side: float) -> Tensor:
 
 
 def disjoint(count: int) -> Tensor:
-    """Squares on a grid, none of which touches another."""
+    """Squares on a grid that do not touch each other."""
     across = math.ceil(math.sqrt(count))
     index = torch.arange(count)
     corner = torch.stack([index % across, index // across], 1) * 10.0

@@ -1,9 +1,9 @@
 """`python -m benchmarks compare BEFORE.json AFTER.json`: what got faster or slower, beyond the noise.
 
-On one GPU its times are compared. CPUs, and different devices, are compared by how many times as long as torchvision
-ours took in the same run; where torchvision could not run, by time after all, unless the devices differ. A change
-counts if the ranges from p20 to p80, of three rounds or more, are apart: of a ratio, from ours at p20 over theirs at
-p80 to the reverse.
+On one GPU, fastmask's times are compared. On CPUs and between devices, its times over torchvision's in the same run are
+compared; where torchvision could not run, times, unless the devices differ. A change counts if the ranges from p20 to
+p80, of three rounds or more, do not overlap. The range of a ratio is from fastmask's p20 over torchvision's p80 to the
+reverse.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.reporting.results import Case, Results, Section, Spread, is_ours, load
+from benchmarks.reporting.results import Case, Results, Section, Spread, is_fastmask, load
 
-ROUNDS = 3  # fewer say nothing of the noise
+MIN_ROUNDS = 3  # fewer do not show the noise
 
 
 @dataclass(frozen=True)
 class Change:
-    """One provider of ours in one case; `before` and `after` are milliseconds, or multiples of torchvision's."""
+    """One form of fastmask in one case; `before` and `after` are milliseconds, or multiples of torchvision's time."""
 
     name: str
     unit: str
     before: Spread
     after: Spread
-    rounds: int  # the fewer of both
+    rounds: int  # the lesser of both
 
     @property
     def slowdown(self) -> float:
@@ -37,7 +37,7 @@ class Change:
     @property
     def beyond_noise(self) -> bool:
         apart = self.after.p20 > self.before.p80 or self.after.p80 < self.before.p20
-        return apart and self.rounds >= ROUNDS
+        return apart and self.rounds >= MIN_ROUNDS
 
     def __str__(self) -> str:
         how = f"{self.slowdown:.2f} times the time" if self.slowdown > 1 else f"{1 / self.slowdown:.2f} times as fast"
@@ -49,7 +49,7 @@ def same_gpu(before: Section, after: Section) -> bool:
 
 
 def changes(before: Results, after: Results) -> Iterator[Change]:
-    """Of everything that is in both."""
+    """The changes of all cases that are in both."""
     for section in before.keys() & after.keys():
         old, new = before[section], after[section]
         cases = {case.name: case for case in new.cases}
@@ -61,37 +61,41 @@ def changes(before: Results, after: Results) -> Iterator[Change]:
 def _of_case(section: str, old: Case, new: Case, before: Section, after: Section) -> Iterator[Change]:
     for provider in old.timings.keys() & new.timings.keys():
         name = f"{section}: {old.name}, {provider}"
-        if not is_ours(provider):
+        if not is_fastmask(provider):
             continue
         rounds = min(old.timings[provider].rounds, new.timings[provider].rounds)
-        if not same_gpu(before, after) and old.peer() and new.peer():
-            yield Change(name, "of torchvision's time", _relative(old, provider), _relative(new, provider), rounds)
+        relative = _relative(old, provider), _relative(new, provider)
+        if not same_gpu(before, after) and relative[0] and relative[1]:
+            yield Change(name, "of torchvision's time", relative[0], relative[1], rounds)
         elif before.run.device == after.run.device:
             yield Change(name, "ms", old.timings[provider].time, new.timings[provider].time, rounds)
 
 
-def _relative(case: Case, provider: str) -> Spread:
-    ours, theirs = case.timings[provider].time, case.peer().time
-    return Spread(ours.p20 / theirs.p80, ours.median / theirs.median, ours.p80 / theirs.p20)
+def _relative(case: Case, provider: str) -> Spread | None:
+    """The provider's time over torchvision's; None where torchvision did not run."""
+    peer, time = case.torchvision(), case.timings[provider].time
+    if peer is None:
+        return None
+    return Spread(time.p20 / peer.time.p80, time.median / peer.time.median, time.p80 / peer.time.p20)
 
 
 def only_in(results: Results, other: Results) -> list[str]:
-    """Ours that only the first has."""
-    return sorted(_ours(results) - _ours(other))
+    """Cases and forms of fastmask that only the first has."""
+    return sorted(_fastmask(results) - _fastmask(other))
 
 
-def _ours(results: Results) -> set[str]:
+def _fastmask(results: Results) -> set[str]:
     return {
         f"{name}: {case.name}, {provider}"
         for name, section in results.items()
         for case in section.cases
         for provider in case.timings
-        if is_ours(provider)
+        if is_fastmask(provider)
     }
 
 
 def warnings(before: Results, after: Results) -> list[str]:
-    """What makes the two runs less comparable than they look."""
+    """Differences that limit how far two runs can be compared."""
     found: dict[str, list[str]] = {}
     for name in sorted(before.keys() & after.keys()):
         old, new = before[name].run, after[name].run
@@ -112,11 +116,13 @@ def warnings(before: Results, after: Results) -> list[str]:
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("before", type=Path, help="JSON of `run`")
     parser.add_argument("after", type=Path)
-    parser.add_argument("--threshold", type=float, default=0.1, help="slower by more than this fraction fails")
+    parser.add_argument(
+        "--threshold", type=float, default=0.1, help="a slowdown by more than this fraction is a regression"
+    )
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """1 if something of ours got slower by more than the threshold, 2 if there is nothing to compare."""
+    """Returns 1 if fastmask got slower by more than the threshold, 2 if there is nothing to compare."""
     try:
         before, after = load(arguments.before), load(arguments.after)
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""What others have published, shown beside ours: other machines, other software, and no part of any ratio."""
+"""Published figures, shown beside fastmask's: of other machines and other software, and no part of any ratio."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PAPER_MS = 200  # an image: "about 200ms per frame on a GPU", 5 images/s
 
 @dataclass(frozen=True)
 class Latency:
-    """One image, alone in its batch."""
+    """The latency of one image, alone in its batch."""
 
     model: str  # by its preset's name
     device: str
@@ -32,7 +32,7 @@ class Latency:
 
 @dataclass(frozen=True)
 class Throughput:
-    """Training."""
+    """The throughput of training."""
 
     model: str
     device: str

@@ -1,8 +1,8 @@
-"""`python -m benchmarks report`: the results as Markdown and plots, and what else is written from them.
+"""`python -m benchmarks report`: results as Markdown and plots.
 
-For each `<device>.json` a folder `<device>/` beside it; of the committed ones also the README's tables, which stand
-between marks `<!-- <device>.json -->` and `<!-- end -->`; and docs/compile_report.md. Everything is made from the JSON
-alone: the same results give the same bytes. Of a CPU only ratios are shown, its times mean nothing elsewhere.
+Each `<device>.json` gets a folder `<device>/` beside it. Committed results also give the README's tables, which stand
+between the comments `<!-- <device>.json -->` and `<!-- end -->`. All of this is made from the JSON alone: the same
+results give the same bytes. docs/compile_report.md is renewed as well.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import sys
 from pathlib import Path
 
 from benchmarks.reporting import plots
-from benchmarks.reporting.results import FOLDER, OURS, Case, Results, Run, load
-from benchmarks.reporting.tables import end_to_end, is_end_to_end, met, missing, number, operator, ratios, table
+from benchmarks.reporting.results import FASTMASK, FOLDER, Case, Results, Run, load
+from benchmarks.reporting.tables import end_to_end, is_end_to_end, missing, number, operator, ratios, table
 
 README = Path(__file__).parents[2] / "README.md"
 
 
 def document(file: str, results: Results) -> str:
-    """The whole report of `file`, with its plots."""
+    """The report of `file`, with its plots."""
     runs = [section.run for section in results.values()]
     devices = ", ".join(dict.fromkeys(run.device for run in runs))
     parts = [
@@ -42,7 +42,7 @@ def document(file: str, results: Results) -> str:
 
 
 def provenance(results: Results) -> str:
-    """Where, when and of what every section was measured."""
+    """Where, when and of which commit each section was measured."""
     rows = [
         {
             "section": name,
@@ -64,13 +64,18 @@ def provenance(results: Results) -> str:
 def _machine(run: Run) -> str:
     driver = [f"driver {run.driver}"] if run.driver else []
     versions = [f"{name} {version}" for name, version in run.versions.items()]
-    gone = [f"{name} is missing: {why}" for name, why in run.unavailable.items()]
-    return "; ".join([", ".join([run.device, f"{run.threads} CPU threads", *driver, *versions]), *gone]) + "."
+    absent = [f"{name} is missing: {why}" for name, why in run.unavailable.items()]
+    return "; ".join([", ".join([run.device, f"{run.threads} CPU threads", *driver, *versions]), *absent]) + "."
 
 
-def _compared(results: Results) -> list[tuple[str, Case]]:
-    """Each case that torchvision ran too, with its section."""
-    return [(name, case) for name, section in results.items() for case in section.cases if case.ratio()]
+def _compared(results: Results) -> list[tuple[str, Case, float]]:
+    """Each case that torchvision ran too, with its section and the ratio."""
+    return [
+        (name, case, ratio)
+        for name, section in results.items()
+        for case in section.cases
+        if (ratio := case.ratio()) is not None
+    ]
 
 
 def summary(results: Results) -> str:
@@ -78,10 +83,10 @@ def summary(results: Results) -> str:
     compared = _compared(results)
     if not compared:
         return ""
-    faster = sum(case.ratio() >= 1 for _, case in compared)
-    targets = [case for _, case in compared if case.target]
-    line = f"Ours is as fast as torchvision or faster in {faster} of {len(compared)} cases"
-    line += f", and meets {sum(map(met, targets))} of {len(targets)} targets." if targets else "."
+    faster = sum(ratio >= 1 for *_, ratio in compared)
+    verdicts = [case.meets_target for _, case, _ in compared if case.target]
+    line = f"fastmask is as fast as torchvision or faster in {faster} of {len(compared)} cases"
+    line += f", and meets {sum(map(bool, verdicts))} of {len(verdicts)} targets." if verdicts else "."
     losses = [
         {"": f"{name}: {case.name}", "against": peer, "times as fast": number(ratio)}
         for name, section in results.items()
@@ -90,9 +95,9 @@ def summary(results: Results) -> str:
         if ratio < 1
     ]
     missed = [
-        {"": f"{name}: {case.name}", "times as fast": number(case.ratio()), "target": number(case.target)}
-        for name, case in compared
-        if case.target and not met(case)
+        {"": f"{name}: {case.name}", "times as fast": number(ratio), "target": number(case.target)}
+        for name, case, ratio in compared
+        if case.target and not case.meets_target
     ]
     parts = ["## Summary", line]
     parts += ["Slower than a peer:", table(losses)] if losses else []
@@ -101,38 +106,38 @@ def summary(results: Results) -> str:
 
 
 def readme_table(file: str, results: Results) -> str:
-    """The cases that have a target, and every other that torchvision runs faster."""
+    """The cases that have a target, and all others that torchvision runs faster."""
     compared = _compared(results)
     rows = [
         {
             "": f"{name}: {case.name}",
-            "microseconds": number(1e3 * case.timings[OURS].time.median) if results[name].run.on_gpu else "",
-            "times as fast as torchvision": number(case.ratio()),
+            "microseconds": number(1e3 * case.timings[FASTMASK].time.median) if results[name].run.on_gpu else "",
+            "times as fast as torchvision": number(ratio),
             "target": number(case.target) if case.target else "",
-            " ": ("met" if met(case) else "missed") if case.target else "slower",
+            " ": ("met" if case.meets_target else "missed") if case.target else "slower",
         }
-        for name, case in compared
-        if case.target or case.ratio() < 1
+        for name, case, ratio in compared
+        if case.target or ratio < 1
     ]
-    faster = sum(case.ratio() >= 1 for _, case in compared)
+    faster = sum(ratio >= 1 for *_, ratio in compared)
     report = f"benchmarks/results/{Path(file).stem}/report.md"
     total = f"Of all {len(compared)} cases {faster} are as fast as torchvision or faster: [{report}]({report})."
     return "\n\n".join(filter(None, [table(rows), total]))
 
 
 def shown(readme: str) -> list[str]:
-    """The files of which the README shows a table."""
+    """The files whose table the README shows."""
     return re.findall(r"^<!-- (\S+\.json) -->$", readme, re.MULTILINE)
 
 
 def renewed(readme: str, file: str, content: str) -> str:
-    """The README with this between the file's marks."""
-    marks = re.compile(rf"(<!-- {re.escape(file)} -->\n).*?(<!-- end -->)", re.DOTALL)
-    return marks.sub(lambda found: f"{found[1]}{content}\n{found[2]}", readme)
+    """The README with `content` between the file's comments."""
+    place = re.compile(rf"(<!-- {re.escape(file)} -->\n).*?(<!-- end -->)", re.DOTALL)
+    return place.sub(lambda match: f"{match[1]}{content}\n{match[2]}", readme)
 
 
 def write(path: Path) -> list[Path]:
-    """The folder of one file, and its table in the README if it is shown there."""
+    """Write the folder of one file, and its table in the README if it is shown there; returns what was written."""
     results = load(path)
     folder = path.with_suffix("")
     folder.mkdir(exist_ok=True)
@@ -151,9 +156,9 @@ def write(path: Path) -> list[Path]:
 
 
 def write_compile_report() -> int:
-    """Without a GPU, but not without Triton and its tools."""
+    """Renew docs/compile_report.md, which needs no GPU but Triton. Returns 1 if a kernel exceeds a limit."""
     if importlib.util.find_spec("triton") is None:
-        print("Triton is missing: docs/compile_report.md stays as it is", file=sys.stderr)
+        print("Triton is missing: docs/compile_report.md is not renewed", file=sys.stderr)
         return 0
     from benchmarks.reporting import compile_report
 
@@ -161,17 +166,17 @@ def write_compile_report() -> int:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("results", nargs="*", type=Path, help="JSON files; all of benchmarks/results unless named")
+    parser.add_argument("results", nargs="*", type=Path, help="JSON files; default: all of benchmarks/results")
     parser.add_argument(
         "--no-compile",
         dest="compile",
         action="store_false",
-        help="leave docs/compile_report.md as it is; compiling takes minutes the first time",
+        help="do not renew docs/compile_report.md; compiling takes minutes the first time",
     )
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """1 if a kernel breaks a limit of the compile report, 2 if a file cannot be read."""
+    """Returns 1 if a kernel exceeds a limit of the compile report, 2 if a file cannot be read."""
     try:
         for path in arguments.results or sorted(FOLDER.glob("*.json")):
             for written in write(path):

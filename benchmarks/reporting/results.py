@@ -1,7 +1,7 @@
-"""What a run of the suite leaves behind: `benchmarks/results/<device>.json`, read by `report` and `compare`.
+"""The results of a run of the benchmarks: `benchmarks/results/<device>.json`, read by `report` and `compare`.
 
-A file has sections, one of each `bench_<section>.py`, and each says for itself when, where and of which commit it was
-measured: a run that was cut off goes on with the sections that it lacks. Times are milliseconds.
+A file has a section for each `bench_<section>.py`. Each section says when, where and of which commit it was measured,
+so that an interrupted run can go on with the sections that are missing. Times are milliseconds.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from typing import Any, Literal
 
 FOLDER = Path(__file__).parents[1] / "results"
 
-OURS = "fastmask"
-TORCHVISION = ("torchvision", "torchvision autocast")  # the peer that ratios and targets are of, whichever ran
+FASTMASK = "fastmask"
+TORCHVISION = ("torchvision", "torchvision autocast")  # ratios and targets compare with whichever of these ran
 
 Kind = Literal["paper", "adversarial", "scaling"]
 
 
-def is_ours(provider: str) -> bool:
-    """Ours in some form: "fastmask", "fastmask bf16"."""
-    return provider.startswith(OURS)
+def is_fastmask(provider: str) -> bool:
+    """Whether it is fastmask in some form: "fastmask", "fastmask bf16"."""
+    return provider.startswith(FASTMASK)
 
 
 @dataclass(frozen=True)
@@ -37,57 +37,63 @@ class Spread:
 
 @dataclass(frozen=True)
 class Timing:
-    """One provider of one case. What only a GPU can tell is None on a CPU."""
+    """One provider of one case. Figures that exist on a GPU only are None on a CPU."""
 
     latency: Spread  # from the call until the device is done, by the host's clock
     rounds: int
     cold: Spread | None = None  # device events, L2 flushed before each call
-    warm: Spread | None = None  # device events, L2 as the call before left it
-    graph: Spread | None = None  # replays of a CUDA graph, None where it cannot be captured
-    waits: int | None = None  # how often a call waits for the device
+    warm: Spread | None = None  # device events, L2 as the previous call left it
+    graph: Spread | None = None  # replays of a CUDA graph; None if it cannot be captured
+    syncs: int | None = None  # host-device synchronisations of a call
     peak_mib: float | None = None  # allocated at most, beyond the inputs
 
     @property
     def time(self) -> Spread:
-        """What ratios are made of: the device's time on a GPU, the clock's on a CPU."""
+        """The time that ratios are made of: of the device on a GPU, of the host's clock on a CPU."""
         return self.cold or self.latency
 
 
 @dataclass(frozen=True)
 class Case:
-    """One workload and everyone who ran it."""
+    """One workload and all providers that ran it."""
 
     name: str
     kind: Kind
-    timings: dict[str, Timing]  # by provider, OURS among them
-    missing: dict[str, str] = field(default_factory=dict)  # provider: why it has no timing
+    timings: dict[str, Timing]  # by provider, FASTMASK among them
+    missing: dict[str, str] = field(default_factory=dict)  # by provider: why it has no timing
     bytes: int | None = None  # that have to move: each input read once, each output written once
-    flops: int | None = None  # operations, a multiply-add being two
-    floor_ms: float | None = None  # of the two, at the rates measured in this run
-    target: float | None = None  # at least so many times as fast as torchvision
-    axis: str | None = None  # scaling: what grows
-    at: float | None = None  # scaling: to which number
-    images: int | None = None  # end to end: in a batch
-    stages: dict[str, dict[str, float]] = field(default_factory=dict)  # provider: stage: milliseconds
+    flops: int | None = None  # a multiply-add is two
+    floor_ms: float | None = None  # for these bytes and FLOPs, at the rates measured in this run
+    target: float | None = None  # how many times as fast as torchvision fastmask has to be
+    axis: str | None = None  # of a scaling case: the quantity that grows
+    at: float | None = None  # of a scaling case: its value
+    images: int | None = None  # of an end-to-end case: in a batch
+    stages: dict[str, dict[str, float]] = field(default_factory=dict)  # by provider and stage: milliseconds
 
     @property
     def model(self) -> str:
-        """End to end: the preset's name, with which the case's begins."""
+        """Of an end-to-end case: the name of the preset, with which the case's begins."""
         return self.name.split(",")[0]
 
-    def peer(self) -> Timing | None:
-        """torchvision's timing."""
+    @property
+    def meets_target(self) -> bool | None:
+        """Whether fastmask is as fast as the target asks; None without a target or without torchvision."""
+        ratio = self.ratio()
+        return None if ratio is None or self.target is None else ratio >= self.target
+
+    def torchvision(self) -> Timing | None:
+        """torchvision's timing, in whichever form it ran."""
         return next((self.timings[name] for name in TORCHVISION if name in self.timings), None)
 
-    def ratio(self, provider: str = OURS) -> float | None:
+    def ratio(self, provider: str = FASTMASK) -> float | None:
         """How many times as fast as torchvision a provider is."""
-        peer, own = self.peer(), self.timings.get(provider)
-        return peer.time.median / own.time.median if peer and own else None
+        peer, timing = self.torchvision(), self.timings.get(provider)
+        return peer.time.median / timing.time.median if peer and timing else None
 
 
 @dataclass(frozen=True)
 class Run:
-    """Where, when and of what a section was measured."""
+    """Where, when and of which commit a section was measured."""
 
     date: str  # ISO 8601, UTC
     commit: str  # with "-dirty" where the work tree had changes
@@ -98,7 +104,7 @@ class Run:
     matrix_tflop_s: dict[str, float]  # a large matrix product, by dtype
     quick: bool
     driver: str | None = None
-    unavailable: dict[str, str] = field(default_factory=dict)  # peers that cannot be imported here: why
+    unavailable: dict[str, str] = field(default_factory=dict)  # peers that cannot be imported, and why
 
     @property
     def on_gpu(self) -> bool:
@@ -106,12 +112,14 @@ class Run:
 
     @property
     def versioned(self) -> bool:
-        """Whether it was measured in a checkout; what is copied without its history has no commit."""
+        """Whether it was measured in a checkout: a copy without its history has no commit."""
         return self.commit[0] in "0123456789abcdef"
 
 
 @dataclass(frozen=True)
 class Section:
+    """The cases of one `bench_<section>.py`."""
+
     run: Run
     cases: list[Case]
 
@@ -119,23 +127,27 @@ class Section:
 Results = dict[str, Section]  # by section
 
 
-def who_ran(cases: Iterable[Case]) -> list[str]:
-    """Every provider of some case: torchvision first, ours last and so on top in a plot."""
+def providers_of(cases: Iterable[Case]) -> list[str]:
+    """The providers of any case: torchvision first, fastmask last, which puts it on top in a plot."""
     names = {provider for case in cases for provider in case.timings}
-    return sorted(names, key=lambda name: (is_ours(name), name not in TORCHVISION, name))
+    return sorted(names, key=lambda name: (is_fastmask(name), name not in TORCHVISION, name))
 
 
 def slug(device: str) -> str:
-    """A device's name as a file's: "NVIDIA H200" is nvidia-h200."""
+    """The name of a device's file: nvidia-h200 for "NVIDIA H200"."""
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 def load(path: Path) -> Results:
-    """Raises a ValueError that names the file if it is not of this format."""
+    """Read a file of results.
+
+    Raises:
+        ValueError: the file has another format.
+    """
     try:
         content = json.loads(path.read_text())
         return {
-            name: Section(Run(**section["run"]), [_case(case) for case in section["cases"]])
+            name: Section(Run(**section["run"]), [_case(**case) for case in section["cases"]])
             for name, section in content.items()
         }
     except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
@@ -143,20 +155,20 @@ def load(path: Path) -> Results:
 
 
 def save(results: Results, path: Path) -> None:
-    """Each case is a line, so that a diff shows which have changed."""
+    """Write a file of results. Each case is a line, so that a diff shows which have changed."""
     sections = []
     for name in sorted(results):
         cases = ",\n".join(f"   {json.dumps(_brief(asdict(case)))}" for case in results[name].cases)
         run = json.dumps(_brief(asdict(results[name].run)))
         sections.append(f' {json.dumps(name)}: {{\n  "run": {run},\n  "cases": [\n{cases}\n  ]\n }}')
     path.parent.mkdir(parents=True, exist_ok=True)
-    whole = path.with_suffix(".partial")  # a run may be killed while it writes
-    whole.write_text("{\n" + ",\n".join(sections) + "\n}\n")
-    whole.replace(path)
+    complete = path.with_suffix(".partial")  # a run may be killed while it writes
+    complete.write_text("{\n" + ",\n".join(sections) + "\n}\n")
+    complete.replace(path)
 
 
 def _brief(value: Any) -> Any:
-    """Without what is absent, and to five digits: noise begins before the sixth."""
+    """Without absent entries, and with five digits: the sixth is noise."""
     if isinstance(value, dict):
         return {key: _brief(entry) for key, entry in value.items() if entry is not None and entry != {}}
     if isinstance(value, list):
@@ -164,9 +176,12 @@ def _brief(value: Any) -> Any:
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
-def _case(content: dict[str, Any]) -> Case:
-    timings = {
-        provider: Timing(**{name: Spread(**v) if isinstance(v, dict) else v for name, v in timing.items()})
-        for provider, timing in content["timings"].items()
+def _case(timings: dict[str, dict[str, Any]], **content: Any) -> Case:
+    return Case(timings={provider: _timing(**timing) for provider, timing in timings.items()}, **content)
+
+
+def _timing(**content: Any) -> Timing:
+    fields: dict[str, Any] = {
+        name: Spread(**value) if isinstance(value, dict) else value for name, value in content.items()
     }
-    return Case(**content | {"timings": timings})
+    return Timing(**fields)

@@ -1,6 +1,6 @@
-"""The report's tables: each a pure function from results to Markdown.
+"""The report's tables: pure functions from results to Markdown.
 
-Of a CPU only ratios are shown: its times mean nothing elsewhere.
+For a CPU, tables show ratios only: its times mean nothing elsewhere.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from benchmarks.reporting.published import INFERENCE, TRAINING
-from benchmarks.reporting.results import OURS, TORCHVISION, Case, Section, Spread, Timing, is_ours, who_ran
+from benchmarks.reporting.results import FASTMASK, TORCHVISION, Case, Section, Spread, Timing, is_fastmask, providers_of
 
 Row = dict[str, str]
 
@@ -21,7 +21,7 @@ def number(value: float) -> str:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Markdown, without the columns in which nobody has anything to say."""
+    """Markdown, without columns that are empty in every row."""
     if not rows:
         return ""
     cells = {column: [row.get(column, "") for row in rows] for row in rows for column in row}
@@ -36,49 +36,46 @@ def _numeric(entries: Sequence[str]) -> bool:
     return all(entry.strip("*")[0].isdigit() for entry in entries if entry)
 
 
-def met(case: Case) -> bool:
-    return case.ratio() >= case.target
-
-
 def ratios(case: Case) -> dict[str, float]:
-    """How many times as fast as each peer ours is."""
-    ours = case.timings.get(OURS)
+    """How many times as fast as each peer fastmask is."""
+    fastmask = case.timings.get(FASTMASK)
     return {
-        name: timing.time.median / ours.time.median
+        name: timing.time.median / fastmask.time.median
         for name, timing in case.timings.items()
-        if ours and not is_ours(name)
+        if fastmask and not is_fastmask(name)
     }
 
 
 def operator(section: Section) -> list[str]:
-    """Against the peers, then against the hardware."""
+    """An operator's tables: against the peers, then against the hardware."""
     on_gpu = section.run.on_gpu
-    peers = [name for name in who_ran(section.cases) if not is_ours(name)]
-    legend = "How many times as fast as each peer ours is" + (
+    peers = [name for name in providers_of(section.cases) if not is_fastmask(name)]
+    legend = "How many times as fast as each peer fastmask is" + (
         ", beside microseconds on the device with a cold L2: the median and, in brackets, p20 to p80."
         if on_gpu
-        else "; in brackets from ours at p80 and theirs at p20 to the reverse."
+        else "; in brackets the range from the peer's p20 over fastmask's p80 to the reverse."
     )
     return [
-        f"{legend} Bold where ours is slower.",
+        f"{legend} Bold where fastmask is slower.",
         table([_against_peers(case, peers, on_gpu) for case in section.cases]),
-        "Against the hardware: the bytes and operations that the operator cannot do without, and ours beside them.",
+        "Against the hardware: bytes and operations that any implementation needs, and fastmask's time beside them.",
         table([_against_hardware(case, on_gpu) for case in section.cases]),
     ]
 
 
 def _against_peers(case: Case, peers: Sequence[str], on_gpu: bool) -> Row:
-    ours, times_as_fast = case.timings.get(OURS), ratios(case)
-    row = {"case": case.name, "kind": case.kind, "rounds": str(ours.rounds) if ours else ""}
-    if on_gpu and ours:
-        row[OURS] = _microseconds(ours.time)
+    fastmask, times_as_fast = case.timings.get(FASTMASK), ratios(case)
+    row = {"case": case.name, "kind": case.kind, "rounds": str(fastmask.rounds) if fastmask else ""}
+    if on_gpu and fastmask:
+        row[FASTMASK] = _microseconds(fastmask.time)
     for peer in peers:
         row[peer] = ""
-        if theirs := case.timings.get(peer):
+        timing = case.timings.get(peer)
+        if timing and fastmask:
             times = _emphasised(times_as_fast[peer])
-            low, high = theirs.time.p20 / ours.time.p80, theirs.time.p80 / ours.time.p20
+            low, high = timing.time.p20 / fastmask.time.p80, timing.time.p80 / fastmask.time.p20
             row[peer] = (
-                f"{_microseconds(theirs.time)}: {times}" if on_gpu else f"{times} ({number(low)}-{number(high)})"
+                f"{_microseconds(timing.time)}: {times}" if on_gpu else f"{times} ({number(low)}-{number(high)})"
             )
     return row | {"target": _target(case)}
 
@@ -90,9 +87,8 @@ def _emphasised(ratio: float) -> str:
 def _target(case: Case) -> str:
     if case.target is None:
         return ""
-    if case.ratio() is None:
-        return f"{number(case.target)}, not measured"
-    return f"{number(case.target)}, {'met' if met(case) else '**missed**'}"
+    verdict = {True: "met", False: "**missed**", None: "not measured"}[case.meets_target]
+    return f"{number(case.target)}, {verdict}"
 
 
 def _microseconds(spread: Spread) -> str:
@@ -100,15 +96,15 @@ def _microseconds(spread: Spread) -> str:
 
 
 def _against_hardware(case: Case, on_gpu: bool) -> Row:
-    ours = case.timings.get(OURS)
+    fastmask = case.timings.get(FASTMASK)
     row = {
         "case": case.name,
         "MB": number(case.bytes / 1e6) if case.bytes else "",
         "MFLOP": number(case.flops / 1e6) if case.flops else "",
         "floor, us": number(1e3 * case.floor_ms) if case.floor_ms and on_gpu else "",
-        "times the floor": number(ours.time.median / case.floor_ms) if case.floor_ms and ours else "",
+        "times the floor": number(fastmask.time.median / case.floor_ms) if case.floor_ms and fastmask else "",
     }
-    for name, timing in (("", ours), (", torchvision", case.peer())):
+    for name, timing in (("", fastmask), (", torchvision", case.torchvision())):
         row |= _on_device(name, timing) if on_gpu and timing else {}
     return row
 
@@ -118,7 +114,7 @@ def _on_device(name: str, timing: Timing) -> Row:
         f"warm, us{name}": number(1e3 * timing.warm.median) if timing.warm else "",
         f"graph, us{name}": number(1e3 * timing.graph.median) if timing.graph else "",
         f"latency, us{name}": number(1e3 * timing.latency.median),
-        f"host waits{name}": "" if timing.waits is None else str(timing.waits),
+        f"syncs{name}": "" if timing.syncs is None else str(timing.syncs),
         f"peak MiB{name}": "" if timing.peak_mib is None else number(timing.peak_mib),
     }
 
@@ -128,7 +124,7 @@ def is_end_to_end(section: Section) -> bool:
 
 
 def end_to_end(name: str, section: Section) -> list[str]:
-    """Step by step from torchvision's to our fastest, where the time goes, and what others have published."""
+    """A detector's tables: each step from torchvision's to fastmask's fastest, stages, and published figures."""
     on_gpu = section.run.on_gpu
     steps = [
         {
@@ -140,10 +136,10 @@ def end_to_end(name: str, section: Section) -> list[str]:
                 for peer in TORCHVISION
                 if peer in case.timings and peer != provider
             },
-            "target": _target(case) if provider == OURS else "",
+            "target": _target(case) if provider == FASTMASK else "",
         }
         for case in section.cases
-        for provider, timing in sorted(case.timings.items(), key=lambda item: is_ours(item[0]))
+        for provider, timing in sorted(case.timings.items(), key=lambda item: is_fastmask(item[0]))
         if on_gpu or provider not in TORCHVISION
     ]
     stages = [
@@ -158,7 +154,7 @@ def end_to_end(name: str, section: Section) -> list[str]:
     parts = [table(steps)]
     if stages:
         unit = "milliseconds and the share of their sum" if on_gpu else "the share of their sum"
-        parts += [f"Stages, in calls of their own: {unit}.", table(stages)]
+        parts += [f"Stages, measured in separate calls: {unit}.", table(stages)]
     if on_gpu and (published := {"model": _published_inference, "training": _published_training}.get(name)):
         parts += ["Published, on other machines and with other software:", table(published(section.cases))]
     return parts
@@ -169,7 +165,7 @@ def _a_batch(case: Case, timing: Timing) -> Row:
     return {
         "ms": f"{number(spread.median)} ({number(spread.p20)}-{number(spread.p80)})",
         "images/s": number(_images_s(case, timing)),
-        "host waits": "" if timing.waits is None else str(timing.waits),
+        "syncs": "" if timing.syncs is None else str(timing.syncs),
         "peak MiB": "" if timing.peak_mib is None else number(timing.peak_mib),
     }
 
@@ -180,29 +176,30 @@ def _stage(milliseconds: float, all_stages: dict[str, float], on_gpu: bool) -> s
 
 
 def _images_s(case: Case, timing: Timing) -> float:
-    return 1e3 * case.images / timing.time.median
+    return 1e3 * (case.images or 1) / timing.time.median
 
 
-def _ours(cases: Iterable[Case], model: str) -> list[tuple[Case, Timing]]:
+def _fastmask(cases: Iterable[Case], model: str) -> list[tuple[Case, Timing]]:
+    """All forms of fastmask on a model."""
     return [
         (case, timing)
         for case in cases
         for provider, timing in case.timings.items()
-        if case.model == model and is_ours(provider)
+        if case.model == model and is_fastmask(provider)
     ]
 
 
 def _published_inference(cases: Sequence[Case]) -> list[Row]:
     rows = []
     for figure in INFERENCE:
-        ours = [timing.time.median for case, timing in _ours(cases, figure.model) if case.images == 1]
+        times = [timing.time.median for case, timing in _fastmask(cases, figure.model) if case.images == 1]
         rows.append(
             {
                 "": figure.model,
                 "device": figure.device,
                 "ms": number(figure.ms),
                 "images/s": number(1e3 / figure.ms),
-                "our fastest here, ms": number(min(ours)) if ours else "",
+                "fastmask here, ms": number(min(times)) if times else "",
                 "source": figure.source,
                 "note": figure.note,
             }
@@ -213,14 +210,14 @@ def _published_inference(cases: Sequence[Case]) -> list[Row]:
 def _published_training(cases: Sequence[Case]) -> list[Row]:
     rows = []
     for figure in TRAINING:
-        ours = [_images_s(case, timing) for case, timing in _ours(cases, figure.model)]
+        rates = [_images_s(case, timing) for case, timing in _fastmask(cases, figure.model)]
         rows.append(
             {
                 "": figure.model,
                 "device": f"{figure.gpus} x {figure.device}",
                 "images/s": number(figure.images_s),
                 "of one GPU": number(figure.images_s / figure.gpus),
-                "our fastest here": number(max(ours)) if ours else "",
+                "fastmask here": number(max(rates)) if rates else "",
                 "source": figure.source,
                 "note": figure.note,
             }
@@ -229,7 +226,7 @@ def _published_training(cases: Sequence[Case]) -> list[Row]:
 
 
 def missing(section: Section) -> str:
-    """Who did not run a case, and why."""
+    """The providers that did not run a case, and why."""
     absent: dict[tuple[str, str], list[str]] = {}
     for case in section.cases:
         for provider, why in case.missing.items():
