@@ -37,7 +37,7 @@ class BackboneConfig:
     norm: Literal["frozen", "batch"] = "frozen"  # Detectron: ImageNet's statistics, scale and shift are constants
     norm_eps: float = 1e-5
     frozen_stages: int = 2  # Detectron: the stem and res2 are not trained
-    stride_in_1x1: bool = False  # a bottleneck strides in its 1x1 (original ResNet) or its 3x3 convolution (torchvision)
+    stride_in_1x1: bool = False  # bottlenecks stride in the 1x1 (original ResNet) or the 3x3 convolution
 
 
 @dataclass(frozen=True)
@@ -260,9 +260,9 @@ def _build(cls: type, values: Mapping[str, Any]) -> Any:
 def _convert(name: str, annotation: Any, value: Any) -> Any:
     if not isinstance(value, Mapping):
         return tuple(value) if isinstance(value, list) else value
-    if is_dataclass(annotation):
+    if isinstance(annotation, type):
         return _build(annotation, value)
-    kinds = {kind.__name__: kind for kind in get_args(annotation) if is_dataclass(kind)}
+    kinds = {kind.__name__: kind for kind in get_args(annotation) if isinstance(kind, type) and is_dataclass(kind)}
     if (kind := value.get(KIND)) not in kinds:
         raise ValueError(f"{name}: expected a {KIND} of {sorted(kinds)}, got {kind!r}")
     return _build(kinds[kind], {key: entry for key, entry in value.items() if key != KIND})

@@ -12,6 +12,7 @@ from fastmask import paste_masks
 from models.marks import mark
 
 
+@dataclass
 class _Tensors:
     """Base of dataclasses whose tensors are moved and indexed together."""
 
@@ -24,7 +25,7 @@ class _Tensors:
         return self._map(Tensor.pin_memory)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
-        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}  # pyright: ignore
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         return type(self)(**{n: function(v) if isinstance(v, Tensor) else v for n, v in values.items()})
 
 
@@ -51,7 +52,7 @@ class Target(_Tensors):
 
 
 class Proposals(NamedTuple):
-    """Proposals of a batch in fixed shapes: image b has `counts[b]`, followed by zeros. Pixels of the padded images."""
+    """Proposals of a batch in fixed shapes: image b has `counts[b]`, then zeros. Pixels of the padded images."""
 
     boxes: Tensor  # [B, P, 4] float32, by descending score
     counts: Tensor  # [B] int64
@@ -63,7 +64,7 @@ class Proposals(NamedTuple):
 
 @dataclass
 class PaddedDetections(_Tensors):
-    """Detections of a batch in fixed shapes: image b has `counts[b]`, followed by zeros. Pixels of the padded images."""
+    """Detections of a batch in fixed shapes: image b has `counts[b]`, then zeros. Pixels of the padded images."""
 
     boxes: Tensor  # [B, D, 4] float32
     scores: Tensor  # [B, D], descending

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,8 +22,9 @@ def conv_norm(x: Tensor, conv: nn.Conv2d, norm: BatchNorm | nn.Identity) -> Tens
         return conv(x)
     if norm.training and not isinstance(norm, FrozenBatchNorm2d):
         return norm(conv(x))
-    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    bias = norm.bias - norm.running_mean * scale
+    constants: Any = norm  # both kinds have the same tensors, which only one of them declares
+    scale = constants.weight * (constants.running_var + constants.eps).rsqrt()
+    bias = constants.bias - constants.running_mean * scale
     weight = conv.weight * scale[:, None, None, None]
     return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
@@ -46,7 +48,8 @@ class Convs(nn.Sequential):
         widths = [in_channels, *[channels] * count]
         super().__init__(*(ConvNorm(a, b, 3, norm) for a, b in pairwise(widths)))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
+        x = input
         for conv in self:
             x = F.relu(conv(x), inplace=True)
         return x

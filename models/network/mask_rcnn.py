@@ -35,7 +35,8 @@ class MaskRCNN(nn.Module):
         self.box_head = BoxHead(config.box, channels, config.classes)
         self.mask_head = MaskHead(config.mask, channels, config.classes) if config.mask else None
         self.keypoint_head = KeypointHead(config.keypoint, channels) if config.keypoint else None
-        self.to(memory_format=torch.channels_last)  # the layout of the fast kernels
+        # The layout of the fast kernels. PyTorch's overloads of Module.to leave this argument out.
+        self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
     def forward(
         self, images: Tensor, sizes: Tensor, targets: Sequence[Target] | None = None

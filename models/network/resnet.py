@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Self
+from typing import Self, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -140,4 +140,7 @@ def _downsample(in_channels: int, out_channels: int, stride: int, config: Backbo
 
 
 def _shortcut(x: Tensor, downsample: nn.Sequential | None) -> Tensor:
-    return x if downsample is None else conv_norm(x, *downsample)
+    if downsample is None:
+        return x
+    conv, norm = cast(tuple[nn.Conv2d, BatchNorm], tuple(downsample))
+    return conv_norm(x, conv, norm)

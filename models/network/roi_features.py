@@ -23,7 +23,7 @@ class RoIFeatures(nn.Module):
     Args:
         pooling: the pooling layer.
         strides: image pixels per pixel of each feature map that is pooled from, finest first.
-        pyramid: how boxes are assigned to these feature maps; None where there is only one.
+        pyramid: how boxes are assigned to these feature maps. Without effect if there is only one.
         res5: applied to the pooled features of each region (figure 4, left); None leaves them as they are.
         channels: of the result.
     """
@@ -41,9 +41,7 @@ class RoIFeatures(nn.Module):
         self.pooling = pooling
         self.scales = [1 / stride for stride in strides]
         self.channels = channels
-        self.levels = {}
-        if pyramid is not None:
-            self.levels = dict(canonical_box_size=pyramid.canonical_box_size, level_rounding=pyramid.level_rounding)
+        self.pyramid = pyramid or FPN()
         self.res5 = nn.Identity() if res5 is None else res5
 
     def forward(self, features: Sequence[Tensor], boxes: Tensor | Sequence[Tensor], resolution: int) -> Tensor:
@@ -66,7 +64,8 @@ class RoIFeatures(nn.Module):
                 self.scales,
                 self.pooling.sampling_ratio,
                 self.pooling.aligned,
-                **self.levels,
+                canonical_box_size=self.pyramid.canonical_box_size,
+                level_rounding=self.pyramid.level_rounding,
             )
         return self.res5(regions)
 
