@@ -33,7 +33,7 @@ class BoxTargets(NamedTuple):
     """What the regions should predict."""
 
     labels: Tensor  # [R] int64: 1..K, 0 for background, -1 for an empty slot
-    deltas: Tensor  # [R, 4], zero but for regions of an object
+    deltas: Tensor  # [R, 4], zero for background and empty slots
 
 
 class BoxHead(nn.Module):
@@ -42,6 +42,7 @@ class BoxHead(nn.Module):
     def __init__(self, config: FCBox | AverageBox, in_channels: int, classes: int) -> None:
         super().__init__()
         self.config = config
+        self.resolution = config.resolution
         self.convs, self.fcs = nn.Sequential(), nn.ModuleList()
         out_channels = in_channels
         if isinstance(config, FCBox):
@@ -77,7 +78,7 @@ class BoxHead(nn.Module):
         matched = zip(targets, samples.matches, strict=True)
         gt_boxes = torch.cat([index_matched(target.boxes, matches) for target, matches in matched])
         positive = (labels > 0)[:, None]
-        unit = boxes.new_tensor([0.0, 0.0, 1.0, 1.0])  # its own target, where there is nothing to regress to
+        unit = boxes.new_tensor([0.0, 0.0, 1.0, 1.0])  # box and target where there is no object: deltas of zero
         deltas = box_ops.encode(
             torch.where(positive, gt_boxes, unit), torch.where(positive, boxes, unit), self.config.delta_weights
         )

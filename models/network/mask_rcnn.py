@@ -59,19 +59,20 @@ class MaskRCNN(nn.Module):
             compact: drop slots that no image fills, which saves work but synchronises with the device twice.
         """
         features = self.backbone(images)
-        proposals = self.rpn.decode(self.rpn(features, images.shape[2:]), sizes)
+        anchors = self.rpn(features, images.shape[2:])
+        proposals = self.rpn.decode(anchors, sizes)
         proposals = proposals.compact() if compact else proposals
 
-        regions = self.roi_features(features, proposals.boxes, self.config.box.resolution)
-        detections = self.box_head.decode(self.box_head(regions), proposals, sizes)
+        boxes = self.box_head(self.roi_features(features, proposals.boxes, self.box_head.resolution))
+        detections = self.box_head.decode(boxes, proposals, sizes)
         detections = detections.compact() if compact else detections
 
         if self.mask_head is not None:
-            regions = self.roi_features(features, detections.boxes, self.mask_head.resolution)
-            detections.masks = self.mask_head.decode(self.mask_head(regions), detections.labels)
+            masks = self.mask_head(self.roi_features(features, detections.boxes, self.mask_head.resolution))
+            detections.masks = self.mask_head.decode(masks, detections.labels)
         if self.keypoint_head is not None:
-            regions = self.roi_features(features, detections.boxes, self.keypoint_head.resolution)
-            detections.heatmaps = self.keypoint_head(regions).unflatten(0, detections.labels.shape)
+            heatmaps = self.keypoint_head(self.roi_features(features, detections.boxes, self.keypoint_head.resolution))
+            detections.heatmaps = heatmaps.unflatten(0, detections.labels.shape)  # decoded in `detect`
         return detections
 
     @mark("heads")
@@ -80,14 +81,15 @@ class MaskRCNN(nn.Module):
 
         With a mask or keypoint branch it synchronises with the device once, for the number of positive samples.
         """
-        config = self.config
+        sampling = self.config.sampling
         features = self.backbone(images)
         anchors = self.rpn(features, images.shape[2:])
-        anchor_targets = self.rpn.targets(anchors, targets, crowd_overlap=config.sampling.crowd_overlap)
+        proposals = self.rpn.decode(anchors, sizes)
+        anchor_targets = self.rpn.targets(anchors, targets, crowd_overlap=sampling.crowd_overlap)
         losses = self.rpn.loss(anchors, anchor_targets)
-        samples = sample_proposals(self.rpn.decode(anchors, sizes), targets, config.sampling)
 
-        boxes = self.box_head(self.roi_features(features, samples.boxes, config.box.resolution))
+        samples = sample_proposals(proposals, targets, sampling)
+        boxes = self.box_head(self.roi_features(features, samples.boxes, self.box_head.resolution))
         losses |= self.box_head.loss(boxes, self.box_head.targets(samples, targets))
         if self.mask_head is None and self.keypoint_head is None:
             return losses
@@ -96,7 +98,7 @@ class MaskRCNN(nn.Module):
         if self.mask_head is not None:
             masks = self.mask_head(self.roi_features(features, positives.boxes, self.mask_head.resolution))
             mask_targets = self.mask_head.targets(
-                positives, targets, size=masks.shape[-1], aligned=config.pooling.aligned
+                positives, targets, size=masks.shape[-1], aligned=self.config.pooling.aligned
             )
             losses |= self.mask_head.loss(masks, mask_targets)
         if self.keypoint_head is not None:

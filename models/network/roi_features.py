@@ -48,7 +48,7 @@ class RoIFeatures(nn.Module):
         """Features of the boxes of a batch.
 
         Args:
-            features: the backbone's feature maps, finest first; the first `len(strides)` are pooled from.
+            features: feature maps of the backbone, finest first. Regions are pooled from the first `len(strides)`.
             boxes: `[B, N, 4]`, or `[N_b, 4]` of each image, in pixels of the padded images.
             resolution: bins along each axis.
 
@@ -73,7 +73,7 @@ class RoIFeatures(nn.Module):
 def build_features(config: ModelConfig) -> tuple[ResNet | ResNetFPN, RoIFeatures]:
     """The backbone, and the features of regions that belong to it.
 
-    The backbone returns a list of feature maps, all of which the RPN reads, and has their `channels` and `strides`.
+    The backbone returns a list of feature maps, which the RPN reads, and has attributes `channels` and `strides` of them.
     """
     match config.features:
         case FPN() as pyramid:

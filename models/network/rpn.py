@@ -37,7 +37,7 @@ class AnchorTargets(NamedTuple):
     indices: Tensor  # [B, S] int64, over the anchors of all levels
     valid: Tensor  # [B, S] bool: slots that hold a sample
     positive: Tensor  # [B, S] bool
-    deltas: Tensor  # [B, S, 4], zero but for positive samples
+    deltas: Tensor  # [B, S, 4], zero where not positive
 
 
 def cell_anchors(config: AnchorConfig, levels: int) -> Tensor:
@@ -46,7 +46,7 @@ def cell_anchors(config: AnchorConfig, levels: int) -> Tensor:
     Each level of a pyramid has one of `config.sizes`; a single level has all of them.
 
     Raises:
-        ValueError: there are several levels, and another number of sizes.
+        ValueError: there are several levels and not one size for each.
     """
     if levels > 1 and len(config.sizes) != levels:
         raise ValueError(f"anchors.sizes: expected one for each of {levels} levels, got {config.sizes}")
@@ -120,7 +120,7 @@ class RPN(nn.Module):
         positive = valid & (labels.gather(1, indices) == POSITIVE)
         anchors = anchors[indices]
         gt_boxes = torch.stack(gt_boxes).take_along_dim(indices[..., None], 1)
-        # An anchor that is not positive is its own target: deltas of zero
+        # The target of an anchor that is not positive is the anchor, so that its deltas are zero
         deltas = box_ops.encode(torch.where(positive[..., None], gt_boxes, anchors), anchors)
         return AnchorTargets(indices, valid, positive, deltas)
 

@@ -24,7 +24,8 @@ from models.weights import safe_pickle
 from models.weights import torchvision as weights_torchvision
 from models.weights.architecture import Weights
 
-# The layout of a checkpoint: names of tensors, fields of the config. Raised with every change; 1 had no number.
+# Number of the layout of checkpoints (names of tensors, fields of the config), which every change of it increases.
+# Checkpoints of the first layout have no number.
 FORMAT = 2
 
 # Settings of `ModelConfig` that trained weights depend on and that no shape shows; a model may lack some of them
