@@ -63,9 +63,7 @@ class MaskHead(nn.Module):
         for boxes, matches, target in zip(samples.boxes, samples.matches, targets, strict=True):
             if target.masks is None:
                 raise ValueError("targets: expected masks [G, H, W], got None")
-            rois = torch.cat(
-                [matches[:, None].to(boxes), boxes], 1
-            )  # the masks of objects are the images of `roi_align`
+            rois = torch.cat([matches[:, None].to(boxes), boxes], 1)  # each mask is one image of the batch
             masks.append(roi_align(target.masks[:, None].to(boxes), rois, size, aligned=aligned)[:, 0])
         return MaskTargets(samples.labels, torch.cat(masks))
 

@@ -73,7 +73,8 @@ class RoIFeatures(nn.Module):
 def build_features(config: ModelConfig) -> tuple[ResNet | ResNetFPN, RoIFeatures]:
     """The backbone, and the features of regions that belong to it.
 
-    The backbone returns a list of feature maps, which the RPN reads, and has attributes `channels` and `strides` of them.
+    The backbone returns a list of feature maps, all of which the RPN reads; its attributes `channels` and `strides`
+    describe them.
     """
     match config.features:
         case FPN() as pyramid:

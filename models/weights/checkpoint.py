@@ -35,7 +35,7 @@ _BACKBONE_SETTINGS = (
 )
 _DETECTOR_SETTINGS = (
     *_BACKBONE_SETTINGS,
-    *("features.canonical_box_size", "features.level_rounding", "features.res5_stride"),
+    *("features.level_rounding", "features.res5_stride"),
     *("rpn.anchors.sizes", "rpn.anchors.aspect_ratios", "rpn.anchors.rounded"),
     *("pooling.sampling_ratio", "pooling.aligned"),
     *("box.resolution", "box.delta_weights"),

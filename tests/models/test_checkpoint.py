@@ -132,7 +132,8 @@ def test_a_config_of_another_version_is_refused(small_file, tmp_path):
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize(
-    ("number", "got"), [(None, "an older one without a number"), (1, "1"), (FORMAT + 1, str(FORMAT + 1))]
+    ("number", "got"),
+    [(None, "an older one without a number"), (FORMAT - 1, str(FORMAT - 1)), (FORMAT + 1, str(FORMAT + 1))],
 )
 def test_a_checkpoint_of_another_format_is_refused(number, got, suffix, small, tmp_path, monkeypatch):
     path = tmp_path / f"model{suffix}"
