@@ -1,13 +1,14 @@
-"""What a Mask R-CNN and its training are made of.
+"""Configuration of a Mask R-CNN and of its training.
 
-Defaults are the paper's (He et al. 2017, "§" and "appendix") and cite their place; where it is silent, they are
-those of Faster R-CNN (Ren et al. 2015), FPN (Lin et al. 2017) or the authors' Detectron, and say so.
+The defaults are the paper's (He et al. 2017; "§", "table" and "appendix" refer to it). Where the paper gives no value,
+the default is that of Faster R-CNN (Ren et al. 2015), FPN (Lin et al. 2017) or the authors' Detectron, and the comment
+names the source. Where a detector can be built in several ways, a field is a union of dataclasses, one for each way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -16,42 +17,53 @@ Norm = Literal["none", "batch"]
 
 @dataclass(frozen=True)
 class InputConfig:
-    """From a picture's bytes to what the backbone reads."""
+    """Preprocessing of images."""
 
-    min_size: int = 800  # §3.1: the shorter edge, in pixels
-    max_size: int = 1333  # Detectron: the longer edge at most
+    min_size: int = 800  # §3.1: length of the shorter side, in pixels
+    max_size: int = 1333  # Detectron: largest length of the longer side, in pixels
     pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)  # ImageNet, of 0..255, in `channels`' order
     pixel_std: tuple[float, float, float] = (58.395, 57.12, 57.375)
     channels: Literal["RGB", "BGR"] = "RGB"  # BGR in Detectron's weights
-    divisor: int = 32  # padded to a multiple of the coarsest stride
+    divisor: int = 32  # height and width are padded to a multiple of the coarsest stride
 
 
 @dataclass(frozen=True)
 class BackboneConfig:
-    """ResNet (He et al. 2016) or ResNeXt (Xie et al. 2017), as torchvision builds and names them."""
+    """ResNet (He et al. 2016) or ResNeXt (Xie et al. 2017), with torchvision's layers and names."""
 
     depth: Literal[18, 34, 50, 101] = 50
     groups: int = 1
     width_per_group: int = 64
-    norm: Literal["frozen", "batch"] = "frozen"  # Detectron: statistics of ImageNet, never updated
+    norm: Literal["frozen", "batch"] = "frozen"  # Detectron: ImageNet's statistics, scale and shift are constants
     norm_eps: float = 1e-5
-    frozen_stages: int = 2  # Detectron: the stem and res2 stay as they were on ImageNet
-    stride_in_1x1: bool = False  # where a bottleneck strides: the original ResNet's 1x1, or torchvision's 3x3
+    frozen_stages: int = 2  # Detectron: the stem and res2 are not trained
+    stride_in_1x1: bool = False  # bottlenecks stride in the 1x1 (original ResNet) or the 3x3 convolution
 
 
 @dataclass(frozen=True)
-class FPNConfig:
-    """Feature pyramid (Lin et al. 2017)."""
+class FPN:
+    """Feature pyramid network (Lin et al. 2017): the RPN reads P2..P6, each region is pooled from one of P2..P5."""
 
     channels: int = 256
     norm: Norm = "none"
+    canonical_box_size: int = 224  # FPN, equation 1: a box of this side, in pixels, is pooled from P4
+    level_rounding: Literal["torchvision", "detectron2"] = "detectron2"  # see `fastmask.multiscale_roi_align`
+
+
+@dataclass(frozen=True)
+class C4:
+    """One feature map, that of res4; res5 is applied to each region (figure 4, left)."""
+
+    res5_stride: int = 1  # figure 4 (left): 7x7 stays 7x7; detectron2 pools 14x14 and strides by 2
 
 
 @dataclass(frozen=True)
 class AnchorConfig:
-    sizes: tuple[float, ...] = (32, 64, 128, 256, 512)  # §3.1: 5 scales; one per level with an FPN, all on a C4
+    """Anchors of the RPN."""
+
+    sizes: tuple[float, ...] = (32, 64, 128, 256, 512)  # §3.1: 5 scales; one for each level of an FPN, all on a C4
     aspect_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)  # §3.1: 3 ratios, height / width
-    rounded: bool = False  # corners rounded to whole pixels, as torchvision's weights were trained
+    rounded: bool = False  # corners are rounded to whole pixels, as in torchvision
 
 
 @dataclass(frozen=True)
@@ -65,62 +77,70 @@ class RPNConfig:
     samples_per_image: int = 256
     positive_fraction: float = 0.5
     smooth_l1_beta: float = 1 / 9
-    pre_nms_top_k_train: int = 2000  # Detectron: per level
+    pre_nms_top_k_train: int = 2000  # Detectron: for each level
     pre_nms_top_k: int = 1000
-    proposals_train: int = 2000  # Detectron: over all levels
+    proposals_train: int = 2000  # Detectron: for each image, over all levels
     proposals: int = 1000  # §3.1: 1000 with an FPN, 300 with a C4
     nms_iou: float = 0.7
-    min_box_size: float = 1e-3  # pixels: what clipping leaves thinner is no proposal
+    min_box_size: float = 1e-3  # pixels: boxes that are smaller after clipping are dropped
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """Which proposals the heads learn from."""
+    """Sampling of the proposals that the heads are trained on."""
 
     rois_per_image: int = 512  # §3.1: 512 with an FPN, 64 with a C4
     positive_fraction: float = 0.25  # §3.1: 1:3
     positive_iou: float = 0.5  # §3.1
-    crowd_overlap: float = 0.7  # Detectron: a negative that lies in a crowd by this part of its area is not sampled
+    crowd_overlap: float = 0.7  # Detectron: negatives are ignored if this part of their area lies in a crowd region
 
 
 @dataclass(frozen=True)
-class PoolingConfig:
-    """RoIAlign (§3)."""
+class RoIAlign:
+    """Pooling of a region's features (§3)."""
 
-    sampling_ratio: int = 2  # §3: four points in each bin; 0 samples by the size of the bin
-    aligned: bool = True  # pixel centres at half pixels; False is the first version's, as in torchvision
-    canonical_box_size: int = 224  # FPN, equation 1: a box of this side, in pixels, is pooled from P4
-    level_rounding: Literal["torchvision", "detectron2"] = "detectron2"
+    sampling_ratio: int = 2  # §3: 2x2 points in each bin; 0: ceil(bin size), as in `fastmask.multiscale_roi_align`
+    aligned: bool = True  # pixel centres are at half pixels; False as in torchvision and the first RoIAlign
 
 
 @dataclass(frozen=True)
 class BoxHeadConfig:
-    """Classes and boxes. `res5` is the head of Figure 4 (left), the fully connected one that of Figure 4 (right)."""
+    """What the two forms of the box head, `FCBox` and `AverageBox`, have in common."""
 
-    resolution: int = 7  # figure 4
-    convs: int = 0
-    conv_channels: int = 256
-    fcs: int = 2  # figure 4 (right); 0 with a C4, whose res5 takes their place
-    fc_channels: int = 1024
-    norm: Norm = "none"
-    res5_stride: int = 1  # figure 4 (left): 7x7 stays 7x7; detectron2 pools 14x14 and strides by 2
+    resolution: int = 7  # figure 4: bins of the pooling
     delta_weights: tuple[float, float, float, float] = (10.0, 10.0, 5.0, 5.0)  # Fast R-CNN's normalised targets
     smooth_l1_beta: float = 1 / 9
     score_threshold: float = 0.05  # Fast R-CNN
     nms_iou: float = 0.5  # appendix B
-    min_box_size: float = 1e-2  # pixels
-    detections: int = 100  # §3.1: the best 100
+    min_box_size: float = 1e-2  # pixels: boxes that are smaller after clipping are dropped
+    detections: int = 100  # §3.1: the 100 best of each image
 
 
 @dataclass(frozen=True)
-class MaskHeadConfig:
-    """Masks, one per class, each of its own sigmoid (§3)."""
+class FCBox(BoxHeadConfig):
+    """Convolutions, then fully connected layers over the whole region (figure 4, right)."""
 
-    resolution: int = 14  # figure 4; the mask has twice as many pixels a side
-    convs: int = 4  # figure 4 (right); 0 with a C4
+    convs: int = 0
+    conv_channels: int = 256
+    fcs: int = 2
+    fc_channels: int = 1024
+    norm: Norm = "none"
+
+
+@dataclass(frozen=True)
+class AverageBox(BoxHeadConfig):
+    """The average over the region's features, which are res5's on a C4 (figure 4, left)."""
+
+
+@dataclass(frozen=True)
+class FCNMask:
+    """A fully convolutional mask head: one mask for each class, each with its own sigmoid (§3, figure 4)."""
+
+    resolution: int = 14  # figure 4: bins of the pooling; the mask has twice as many pixels along each axis
+    convs: int = 4  # figure 4 (right); figure 4 (left) has none
     channels: int = 256
     norm: Norm = "none"
-    paste: Literal["aligned", "torchvision"] = "aligned"  # how a mask is stretched over its box
+    paste: Literal["aligned", "torchvision"] = "aligned"  # the convention of `fastmask.paste_masks`
 
 
 @dataclass(frozen=True)
@@ -135,17 +155,17 @@ class KeypointHeadConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A detector; `fpn=None` is the C4 variant, `mask=None` and `keypoint=None` leave those branches out."""
+    """A detector. Without masks or keypoints (None), it has no such branch."""
 
-    classes: int = 80  # COCO; the background not counted
+    classes: int = 80  # COCO; the background is not counted
     input: InputConfig = InputConfig()
     backbone: BackboneConfig = BackboneConfig()
-    fpn: FPNConfig | None = FPNConfig()
+    features: FPN | C4 = FPN()
     rpn: RPNConfig = RPNConfig()
     sampling: SamplingConfig = SamplingConfig()
-    pooling: PoolingConfig = PoolingConfig()
-    box: BoxHeadConfig = BoxHeadConfig()
-    mask: MaskHeadConfig | None = MaskHeadConfig()
+    pooling: RoIAlign = RoIAlign()
+    box: FCBox | AverageBox = FCBox()
+    mask: FCNMask | None = FCNMask()
     keypoint: KeypointHeadConfig | None = None
 
 
@@ -198,24 +218,51 @@ class TrainConfig:
     resume: bool = False  # continue from the last checkpoint in `output`, bit for bit
 
 
+KIND = "kind"  # the key under which a stored union names its dataclass
+
+
+def config_values(config: Any) -> dict[str, Any]:
+    """A config as nested dictionaries for JSON; a dataclass that is one of a union is named by its `"kind"`.
+
+    Args:
+        config: an instance of a dataclass of this module.
+
+    Returns:
+        The values by field name. Paths and tuples are kept as they are.
+    """
+    types = get_type_hints(type(config))
+    values = {}
+    for entry in fields(config):
+        value = getattr(config, entry.name)
+        if is_dataclass(value):
+            kind = {KIND: type(value).__name__} if get_args(types[entry.name]) else {}
+            value = kind | config_values(value)
+        values[entry.name] = value
+    return values
+
+
 def model_config(values: Mapping[str, Any]) -> ModelConfig:
-    """The inverse of `dataclasses.asdict`, also after JSON, whose lists are tuples here.
+    """The inverse of `config_values`, also after JSON, which turns tuples into lists.
 
     Raises:
-        ValueError: a field is unknown: the file is from another version.
+        ValueError: a field or the kind of a union is unknown: the values come from another version.
     """
     return _build(ModelConfig, values)
 
 
-def _build(kind: type, values: Mapping[str, Any]) -> Any:
-    types = get_type_hints(kind)
+def _build(cls: type, values: Mapping[str, Any]) -> Any:
+    types = get_type_hints(cls)
     if unknown := sorted(set(values) - set(types)):
-        raise ValueError(f"{kind.__name__}: expected fields {sorted(types)}, got {unknown}")
-    return kind(**{name: _convert(types[name], value) for name, value in values.items()})
+        raise ValueError(f"{cls.__name__}: expected fields {sorted(types)}, got {unknown}")
+    return cls(**{name: _convert(name, types[name], value) for name, value in values.items()})
 
 
-def _convert(annotation: Any, value: Any) -> Any:
-    nested = [kind for kind in (annotation, *get_args(annotation)) if is_dataclass(kind)]
-    if nested and value is not None:
-        return _build(nested[0], value)
-    return tuple(value) if isinstance(value, list) else value
+def _convert(name: str, annotation: Any, value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return tuple(value) if isinstance(value, list) else value
+    if isinstance(annotation, type):
+        return _build(annotation, value)
+    kinds = {kind.__name__: kind for kind in get_args(annotation) if isinstance(kind, type) and is_dataclass(kind)}
+    if (kind := value.get(KIND)) not in kinds:
+        raise ValueError(f"{name}: expected a {KIND} of {sorted(kinds)}, got {kind!r}")
+    return _build(kinds[kind], {key: entry for key, entry in value.items() if key != KIND})

@@ -1,37 +1,51 @@
-"""From pictures to what the backbone reads: resized, normalised, padded to one size."""
+"""Preprocessing: images are resized, normalised and padded to a batch that the backbone reads."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
 from models.config import InputConfig
+from models.marks import mark
+
+
+class ImageBatch(NamedTuple):
+    """Images of one padded size."""
+
+    images: Tensor  # [B, 3, H, W] float32, normalised, channels_last, zero at the right and the bottom
+    sizes: Tensor  # [B, 2] int64: height and width before padding
 
 
 def resized_shape(height: int, width: int, min_size: int, max_size: int) -> tuple[int, int]:
-    """Height and width whose shorter side is `min_size`, or whose longer one is `max_size` where that is less."""
+    """Height and width scaled so that the shorter side is `min_size`, or the longer one `max_size` if that is less."""
     scale = min(min_size / min(height, width), max_size / max(height, width))
     return max(round(height * scale), 1), max(round(width * scale), 1)
 
 
+@mark("preprocess")
 def resize(image: Tensor, min_size: int, max_size: int) -> Tensor:
-    """Resize an image `[3, H, W]` to `resized_shape`, bilinear and antialiased."""
-    shape = resized_shape(*image.shape[-2:], min_size, max_size)
+    """Resize an image `[3, H, W]` to `resized_shape`, bilinearly and with antialiasing."""
+    shape = resized_shape(image.shape[-2], image.shape[-1], min_size, max_size)
     return image if image.shape[-2:] == shape else functional.resize(image, list(shape), antialias=True)
 
 
-def batch(images: Sequence[Tensor], config: InputConfig) -> tuple[Tensor, Tensor]:
+@mark("preprocess")
+def batch(images: Sequence[Tensor], config: InputConfig) -> ImageBatch:
     """Normalise images and pad them, at the right and the bottom, to one size that the strides divide.
 
     Args:
-        images: uint8 RGB, `[3, H, W]` each, on the device to work on.
+        images: uint8 RGB, `[3, H, W]` each, on the device where the batch is to be.
         config: mean, standard deviation, order of channels, divisor.
 
     Returns:
-        `[B, 3, H, W]` float32, channels_last; and the sizes before padding, `[B, 2]` int64, (height, width).
+        The padded images and their sizes.
+
+    Raises:
+        ValueError: there is no image, or one is not uint8 `[3, H, W]`.
     """
     if not images:
         raise ValueError("images: expected at least one, got none")
@@ -46,7 +60,21 @@ def batch(images: Sequence[Tensor], config: InputConfig) -> tuple[Tensor, Tensor
     )
     shape = (len(images), 3, height, width)
     padded = torch.empty(shape, device=device, memory_format=torch.channels_last).zero_()
-    for image, place in zip(images, padded, strict=True):
+    for image, slot in zip(images, padded, strict=True):
         pixels = image.flip(0) if config.channels == "BGR" else image
-        place[:, : image.shape[1], : image.shape[2]] = (pixels - mean) / std
-    return padded, torch.tensor([image.shape[1:] for image in images], device=device)
+        slot[:, : image.shape[1], : image.shape[2]] = (pixels - mean) / std
+    return ImageBatch(padded, torch.tensor([image.shape[1:] for image in images], device=device))
+
+
+def preprocess(images: Sequence[Tensor], config: InputConfig, device: torch.device) -> ImageBatch:
+    """Move images to a device, `resize` them by the config and `batch` them.
+
+    Args:
+        images: uint8 RGB, `[3, H, W]` each, of any sizes and on any device.
+        config: sizes, and the arguments of `batch`.
+        device: where to work.
+
+    Returns:
+        The padded images and their sizes.
+    """
+    return batch([resize(image.to(device), config.min_size, config.max_size) for image in images], config)

@@ -1,10 +1,11 @@
-"""Convolution and normalisation as one step."""
+"""Convolution with normalisation, and the initialisation of layers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,21 +13,24 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from models.config import Norm
 
+BatchNorm = nn.BatchNorm2d | FrozenBatchNorm2d
 
-def conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.Module) -> Tensor:
-    """`norm(conv(x))`. Statistics that stay as they are go into the weights: a pass over the activations less."""
+
+def conv_norm(x: Tensor, conv: nn.Conv2d, norm: BatchNorm | nn.Identity) -> Tensor:
+    """`norm(conv(x))`. Constant statistics are folded into the weights, which saves a pass over the activations."""
     if isinstance(norm, nn.Identity):
         return conv(x)
     if norm.training and not isinstance(norm, FrozenBatchNorm2d):
         return norm(conv(x))
-    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    bias = norm.bias - norm.running_mean * scale
+    constants: Any = norm  # both kinds have the same tensors, which only one of them declares
+    scale = constants.weight * (constants.running_var + constants.eps).rsqrt()
+    bias = constants.bias - constants.running_mean * scale
     weight = conv.weight * scale[:, None, None, None]
     return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
 class ConvNorm(nn.Module):
-    """A convolution of stride 1 that keeps the size, its bias or its normalisation, and no activation."""
+    """A convolution of stride 1 that keeps the size, with a bias or a batch norm and without an activation."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, norm: Norm) -> None:
         super().__init__()
@@ -38,24 +42,25 @@ class ConvNorm(nn.Module):
 
 
 class Convs(nn.Sequential):
-    """Convolutions of 3 x 3, each rectified."""
+    """`count` convolutions of 3x3, each followed by ReLU."""
 
-    def __init__(self, in_channels: int, channels: int, number: int, norm: Norm = "none") -> None:
-        widths = [in_channels, *[channels] * number]
+    def __init__(self, in_channels: int, channels: int, count: int, norm: Norm = "none") -> None:
+        widths = [in_channels, *[channels] * count]
         super().__init__(*(ConvNorm(a, b, 3, norm) for a, b in pairwise(widths)))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
+        x = input
         for conv in self:
             x = F.relu(conv(x), inplace=True)
         return x
 
 
 BY_OUTPUTS = partial(nn.init.kaiming_normal_, mode="fan_out", nonlinearity="relu")  # He et al. 2015
-BY_INPUTS = partial(nn.init.kaiming_uniform_, a=1)  # Detectron's, for layers with far more inputs than outputs
+BY_INPUTS = partial(nn.init.kaiming_uniform_, a=1)  # Detectron, for layers with far more inputs than outputs
 
 
 def initialise(module: nn.Module, draw: Callable[[Tensor], object] = BY_OUTPUTS) -> None:
-    """Draw the weights of every layer in `module`; biases are zero."""
+    """Draw the weights of every convolution and linear layer in `module` with `draw`, and set biases to zero."""
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
             draw(layer.weight)

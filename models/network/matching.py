@@ -1,14 +1,79 @@
-"""Which boxes stand for which ground truth, and which of them a loss is taken over (§3.1, Training)."""
+"""Matching of boxes to the ground truth, and sampling of the boxes that losses are computed on (§3.1, "Training").
+
+B images, N boxes, S samples and G objects of each, R positive samples of all.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from fastmask import box_ops as box_ops
-from models.structures import Target
+from fastmask import box_ops
+from models.config import SamplingConfig
+from models.structures import Proposals, Target
 
 POSITIVE, NEGATIVE, IGNORED = 1, 0, -1
+
+
+class PositiveSamples(NamedTuple):
+    """The positive samples of each image, which the mask and keypoint heads are trained on."""
+
+    boxes: list[Tensor]  # [R_b, 4]
+    labels: Tensor  # [R] int64, 1..K, one image after the other
+    matches: list[Tensor]  # [R_b] int64, the object that each box is matched to
+
+
+class Samples(NamedTuple):
+    """The proposals that the heads are trained on, the positive ones of each image first."""
+
+    boxes: Tensor  # [B, S, 4]
+    labels: Tensor  # [B, S] int64: 1..K, 0 for background, -1 for an empty slot
+    matches: Tensor  # [B, S] int64, the object that each box is matched to
+
+    def positives(self) -> PositiveSamples:
+        """The positive samples alone. Synchronises with the device."""
+        counts = (self.labels > 0).sum(1).tolist()
+        return PositiveSamples(
+            [boxes[:count] for boxes, count in zip(self.boxes, counts, strict=True)],
+            torch.cat([labels[:count] for labels, count in zip(self.labels, counts, strict=True)]),
+            [matches[:count] for matches, count in zip(self.matches, counts, strict=True)],
+        )
+
+
+@torch.no_grad()
+def sample_proposals(proposals: Proposals, targets: Sequence[Target], config: SamplingConfig) -> Samples:
+    """Match proposals and ground-truth boxes to the ground truth, and sample from both.
+
+    Args:
+        proposals: of the RPN.
+        targets: ground truth of each image. Its boxes are candidates too, as the RPN may have missed them.
+        config: how many samples, and which.
+    """
+    slots = proposals.boxes.shape[1] + max(len(target.boxes) for target in targets)
+    all_boxes, all_labels, all_kinds, all_matches = [], [], [], []
+    for image_boxes, count, target in zip(*proposals, targets, strict=True):
+        boxes = torch.cat([image_boxes, target.boxes])
+        matches, kinds = match(
+            boxes, target, config.positive_iou, config.positive_iou, crowd_overlap=config.crowd_overlap
+        )
+        index = torch.arange(len(boxes), device=boxes.device)
+        kinds = kinds.masked_fill((index >= count) & (index < len(image_boxes)), IGNORED)  # empty slots
+        labels = index_matched(target.labels, matches).masked_fill(kinds != POSITIVE, 0)
+        padding = slots - len(boxes)
+        all_boxes.append(F.pad(boxes, (0, 0, 0, padding)))
+        all_labels.append(F.pad(labels, (0, padding)))
+        all_kinds.append(F.pad(kinds, (0, padding), value=IGNORED))
+        all_matches.append(F.pad(matches, (0, padding)))
+    indices, valid = sample(torch.stack(all_kinds), config.rois_per_image, config.positive_fraction)
+    return Samples(
+        boxes=torch.stack(all_boxes).take_along_dim(indices[..., None], 1),
+        labels=torch.stack(all_labels).gather(1, indices).masked_fill(~valid, -1),
+        matches=torch.stack(all_matches).gather(1, indices),
+    )
 
 
 def match(
@@ -20,65 +85,67 @@ def match(
     crowd_overlap: float,
     best_for_each: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Match boxes to the ground truth that each overlaps most.
+    """Match each box to the object that it overlaps most.
 
     Args:
         boxes: `[N, 4]`.
-        target: G objects, and crowds.
-        positive_iou, negative_iou: positive from the one on, negative below the other, ignored in between.
-        crowd_overlap: a negative is ignored if at least this part of it lies in one crowd.
-        best_for_each: the boxes of each ground truth's highest IoU are positive too, however low it is, so that
-            none is without (Faster R-CNN, §3.1.2).
+        target: G objects, and crowd regions.
+        positive_iou: boxes of at least this IoU with their object are positive.
+        negative_iou: boxes of a lower IoU are negative; those between the two thresholds are ignored.
+        crowd_overlap: a negative box is ignored if at least this part of its area lies in one crowd region.
+        best_for_each: the boxes with the highest IoU with each object are positive too, unless it is 0, so that
+            every object has one (Faster R-CNN, §3.1.2).
 
     Returns:
-        `[N]` indices into the ground truth, 0 where there is none; and `[N]` of POSITIVE, NEGATIVE, IGNORED.
+        The matched objects, `[N]` int64, 0 where there are no objects; and `[N]` of POSITIVE, NEGATIVE and IGNORED.
     """
     if not len(target.boxes):
         matches = torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device)
-        labels = torch.full_like(matches, NEGATIVE)
+        kinds = torch.full_like(matches, NEGATIVE)
     else:
         iou = box_ops.iou(target.boxes, boxes).nan_to_num(0.0)
         best, matches = iou.max(0)
-        labels = torch.where(best >= positive_iou, POSITIVE, torch.where(best < negative_iou, NEGATIVE, IGNORED))
+        kinds = torch.where(best >= positive_iou, POSITIVE, torch.where(best < negative_iou, NEGATIVE, IGNORED))
         if best_for_each:
             highest = iou.amax(1, keepdim=True)
-            labels = labels.masked_fill(((iou == highest) & (highest > 0)).any(0), POSITIVE)
+            kinds = kinds.masked_fill(((iou == highest) & (highest > 0)).any(0), POSITIVE)
     if len(target.crowds):
-        inside = _part_inside(boxes, target.crowds).amax(1) >= crowd_overlap
-        labels = labels.masked_fill(inside & (labels == NEGATIVE), IGNORED)
-    return matches, labels
+        in_crowd = _overlap_fraction(boxes, target.crowds).amax(1) >= crowd_overlap
+        kinds = kinds.masked_fill(in_crowd & (kinds == NEGATIVE), IGNORED)
+    return matches, kinds
 
 
-def sample(labels: Tensor, number: int, positive_fraction: float) -> tuple[Tensor, Tensor]:
-    """Draw boxes at random, positives first, without waiting for their number.
+def sample(kinds: Tensor, num_samples: int, positive_fraction: float) -> tuple[Tensor, Tensor]:
+    """Draw boxes of each image at random, positive ones first, without host-device synchronisation.
 
     Args:
-        labels: `[B, N]` of POSITIVE, NEGATIVE, IGNORED.
-        number: boxes for each image; fewer are valid where there are not enough negatives to fill up with.
-        positive_fraction: of `number`, the positives at most.
+        kinds: `[B, N]` of POSITIVE, NEGATIVE and IGNORED.
+        num_samples: boxes to draw in each image. There are fewer where there are not enough negative boxes.
+        positive_fraction: the largest part of `num_samples` that is positive.
 
     Returns:
-        Indices `[B, S]`, S = min(number, N), and which of them are valid, `[B, S]`.
+        Indices `[B, S]`, S = min(num_samples, N), and which of them are samples, `[B, S]` bool.
     """
-    slots = min(number, labels.shape[1])
-    keys = torch.rand(labels.shape, device=labels.device)
-    positive, chosen = keys.masked_fill(labels != POSITIVE, -1).topk(min(int(number * positive_fraction), slots))
-    negative, rest = keys.masked_fill(labels != NEGATIVE, -1).topk(slots)
-    positive = positive >= 0
-    room = number - positive.sum(1, keepdim=True)
-    negative = (negative >= 0) & (torch.arange(slots, device=labels.device) < room)
-    valid = torch.cat([positive, negative], 1)
+    slots = min(num_samples, kinds.shape[1])
+    keys = torch.rand(kinds.shape, device=kinds.device)
+    max_positives = min(int(num_samples * positive_fraction), slots)
+    positive_keys, positives = keys.masked_fill(kinds != POSITIVE, -1).topk(max_positives)
+    negative_keys, negatives = keys.masked_fill(kinds != NEGATIVE, -1).topk(slots)
+    is_positive = positive_keys >= 0
+    max_negatives = num_samples - is_positive.sum(1, keepdim=True)
+    is_negative = (negative_keys >= 0) & (torch.arange(slots, device=kinds.device) < max_negatives)
+    valid = torch.cat([is_positive, is_negative], 1)
     order = valid.int().argsort(dim=1, descending=True, stable=True)[:, :slots]
-    return torch.cat([chosen, rest], 1).gather(1, order), valid.gather(1, order)
+    return torch.cat([positives, negatives], 1).gather(1, order), valid.gather(1, order)
 
 
-def matched_rows(values: Tensor, matches: Tensor) -> Tensor:
-    """`values[matches]` of a target's values, and zeros where an image has no ground truth to index."""
+def index_matched(values: Tensor, matches: Tensor) -> Tensor:
+    """`values[matches]` for values of each object, and zeros for an image without objects."""
     return values[matches] if len(values) else values.new_zeros(len(matches), *values.shape[1:])
 
 
-def _part_inside(boxes: Tensor, regions: Tensor) -> Tensor:
-    """The part of each box's area that lies in each region, `[N, R]`."""
+def _overlap_fraction(boxes: Tensor, regions: Tensor) -> Tensor:
+    """The part of each box's area that lies in each region, `[N, regions]`."""
     low = boxes[:, None, :2].maximum(regions[:, :2])
     overlap = (boxes[:, None, 2:].minimum(regions[:, 2:]) - low).clamp(min=0).prod(-1)
     return overlap / box_ops.area(boxes)[:, None].clamp(min=1e-6)

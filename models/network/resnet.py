@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Self, cast
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from models.config import BackboneConfig
-from models.network.layers import conv_norm, initialise
+from models.marks import mark
+from models.network.layers import BatchNorm, conv_norm, initialise
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 
 
 class BasicBlock(nn.Module):
-    """3x3, 3x3: depths 18 and 34."""
+    """Two 3x3 convolutions: depths 18 and 34."""
 
     expansion = 1
 
@@ -32,7 +36,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 (in groups for ResNeXt), 1x1: depths 50 and 101."""
+    """Convolutions of 1x1, 3x3 (grouped in a ResNeXt) and 1x1: depths 50 and 101."""
 
     expansion = 4
 
@@ -59,40 +63,45 @@ class ResNet(nn.Module):
     """The convolutional stages, without the classifier.
 
     Args:
-        config: see `BackboneConfig`.
-        stages: how many of res2..res5 there are: 4 for an FPN, 3 for a C4.
+        config: depth, groups, width, batch norm, frozen stages.
+        outputs: the stages whose feature maps `forward` returns, ascending, of 1 (res2) to 4 (res5). Stages after the
+            last one are not built.
 
-    `channels` and `strides` describe the maps that `forward` returns.
+    Attributes:
+        channels, strides: of each returned feature map.
     """
 
-    def __init__(self, config: BackboneConfig, stages: int = 4) -> None:
+    def __init__(self, config: BackboneConfig, outputs: Sequence[int] = (1, 2, 3, 4)) -> None:
         super().__init__()
+        self.outputs = outputs
         self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
         self.bn1 = _norm(64, config)
-        self.stages = range(1, stages + 1)
+        self.stages = range(1, outputs[-1] + 1)
         for stage in self.stages:
             self.add_module(f"layer{stage}", resnet_stage(config, stage, 1 if stage == 1 else 2))
         expansion = _block(config).expansion
-        self.channels = [64 * 2**i * expansion for i in range(stages)]
-        self.strides = [4 * 2**i for i in range(stages)]
+        self.channels = [32 * 2**stage * expansion for stage in outputs]
+        self.strides = [2 * 2**stage for stage in outputs]
         initialise(self)
-        self.frozen = [self.conv1, self.bn1] if config.frozen_stages else []
+        self.frozen: list[nn.Module] = [self.conv1, self.bn1] if config.frozen_stages else []
         self.frozen += [self.get_submodule(f"layer{stage}") for stage in self.stages if stage < config.frozen_stages]
         for module in self.frozen:
             module.requires_grad_(False)
 
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """Maps of `[B, 3, H, W]` images, finest first: `[B, channels[i], H / strides[i], W / strides[i]]`."""
-        x = F.relu(conv_norm(x, self.conv1, self.bn1), inplace=True)
+    @mark("backbone")
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Feature maps of `[B, 3, H, W]` images, finest first: `[B, channels[i], H / strides[i], W / strides[i]]`."""
+        x = F.relu(conv_norm(images, self.conv1, self.bn1), inplace=True)
         x = F.max_pool2d(x, 3, stride=2, padding=1)
-        maps = []
+        features = []
         for stage in self.stages:
             x = self.get_submodule(f"layer{stage}")(x)
-            maps.append(x)
-        return maps
+            if stage in self.outputs:
+                features.append(x)
+        return features
 
-    def train(self, mode: bool = True) -> ResNet:
-        """Frozen stages keep their statistics as well as their weights."""
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of all but the frozen stages, whose batch norms keep their statistics."""
         super().train(mode)
         for module in self.frozen:
             module.eval()
@@ -100,7 +109,7 @@ class ResNet(nn.Module):
 
 
 def resnet_stage(config: BackboneConfig, stage: int, stride: int) -> nn.Sequential:
-    """res2 is stage 1, res5 stage 4; the first block strides."""
+    """One stage, of 1 (res2) to 4 (res5), whose first block has the stride; not yet initialised."""
     block = _block(config)
     width = 64 * 2 ** (stage - 1)
     in_channels = 64 if stage == 1 else width // 2 * block.expansion
@@ -118,9 +127,10 @@ def _conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1
     return nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=False)
 
 
-def _norm(channels: int, config: BackboneConfig) -> nn.Module:
-    kind = FrozenBatchNorm2d if config.norm == "frozen" else nn.BatchNorm2d
-    return kind(channels, eps=config.norm_eps)
+def _norm(channels: int, config: BackboneConfig) -> BatchNorm:
+    if config.norm == "frozen":
+        return FrozenBatchNorm2d(channels, eps=config.norm_eps)
+    return nn.BatchNorm2d(channels, eps=config.norm_eps)
 
 
 def _downsample(in_channels: int, out_channels: int, stride: int, config: BackboneConfig) -> nn.Sequential | None:
@@ -130,4 +140,7 @@ def _downsample(in_channels: int, out_channels: int, stride: int, config: Backbo
 
 
 def _shortcut(x: Tensor, downsample: nn.Sequential | None) -> Tensor:
-    return x if downsample is None else conv_norm(x, downsample[0], downsample[1])
+    if downsample is None:
+        return x
+    conv, norm = cast(tuple[nn.Conv2d, BatchNorm], tuple(downsample))
+    return conv_norm(x, conv, norm)

@@ -1,6 +1,6 @@
-"""Region proposal network (Ren et al. 2015) over one map or the levels of a pyramid (Lin et al. 2017).
+"""Region proposal network (Ren et al. 2015) over one feature map or the levels of a pyramid (Lin et al. 2017).
 
-B images, A anchors at each position, N anchors over all positions and levels, P proposals.
+B images, A anchors at each position, N anchors over all positions and levels, S sampled anchors, P proposals.
 """
 
 from __future__ import annotations
@@ -8,135 +8,105 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmask import box_ops as box_ops
-from fastmask import nms_padded
+from fastmask import box_ops, nms_padded
 from models.config import AnchorConfig, RPNConfig
 from models.distributed import mean_count
+from models.marks import mark
 from models.network.layers import Convs, initialise
-from models.network.matching import POSITIVE, match, matched_rows, sample
-from models.structures import Target
+from models.network.matching import POSITIVE, index_matched, match, sample
+from models.structures import Proposals, Target
 
 
-def base_anchors(config: AnchorConfig, levels: int) -> Tensor:
-    """Anchors around the origin, `[levels, A, 4]`: sizes, then aspect ratios.
+class AnchorPredictions(NamedTuple):
+    """What the RPN predicts for each anchor; one entry of each list for each level."""
 
-    Each level of a pyramid has one of `config.sizes`; a single level has them all.
+    logits: list[Tensor]  # [B, H * W * A] float32
+    deltas: list[Tensor]  # [B, H * W * A, 4] float32
+    anchors: list[Tensor]  # [H * W * A, 4], pixels of the padded images
+
+
+class AnchorTargets(NamedTuple):
+    """Sampled anchors and what they should predict."""
+
+    indices: Tensor  # [B, S] int64, over the anchors of all levels
+    valid: Tensor  # [B, S] bool: slots that hold a sample
+    positive: Tensor  # [B, S] bool
+    deltas: Tensor  # [B, S, 4], zero where not positive
+
+
+def cell_anchors(config: AnchorConfig, levels: int) -> Tensor:
+    """Anchors around the origin, `[levels, A, 4]`, ordered by size, then by aspect ratio.
+
+    Each level of a pyramid has one of `config.sizes`; a single level has all of them.
+
+    Raises:
+        ValueError: there are several levels and not one size for each.
     """
     if levels > 1 and len(config.sizes) != levels:
         raise ValueError(f"anchors.sizes: expected one for each of {levels} levels, got {config.sizes}")
     sizes = torch.tensor(config.sizes).reshape(levels, -1, 1)
     ratios = torch.tensor(config.aspect_ratios).sqrt()
     half = torch.stack([sizes / ratios, sizes * ratios], -1).flatten(1, 2) / 2
-    cells = torch.cat([-half, half], -1)
-    return cells.round() if config.rounded else cells
+    corners = torch.cat([-half, half], -1)
+    return corners.round() if config.rounded else corners
 
 
 class RPN(nn.Module):
     """Scores and refines anchors at every position.
 
     Args:
-        config: see `RPNConfig`.
-        channels: of the maps.
-        strides: image pixels per pixel of each map.
+        config: anchors, sampling, proposals.
+        channels: of the feature maps.
+        strides: image pixels per pixel of each feature map.
     """
+
+    cell_anchors: Tensor
 
     def __init__(self, config: RPNConfig, channels: int, strides: Sequence[int]) -> None:
         super().__init__()
         self.config = config
         self.strides = strides
-        self.register_buffer("cells", base_anchors(config.anchors, len(strides)), persistent=False)
-        anchors = self.cells.shape[1]
+        self.register_buffer("cell_anchors", cell_anchors(config.anchors, len(strides)), persistent=False)
+        anchors = self.cell_anchors.shape[1]
         self.convs = Convs(channels, channels, config.convs)
         self.objectness = nn.Conv2d(channels, anchors, 1)
         self.deltas = nn.Conv2d(channels, anchors * 4, 1)
         initialise(self, partial(nn.init.normal_, std=0.01))
 
-    def forward(self, maps: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Of each level, logits `[B, H * W * A]` and deltas `[B, H * W * A, 4]`, float32."""
+    @mark("RPN")
+    def forward(self, features: Sequence[Tensor], image_size: Sequence[int]) -> AnchorPredictions:
+        """Logits and deltas of all anchors over padded images of (height, width)."""
         logits, deltas = [], []
-        for x in maps:
+        for x in features:
             x = self.convs(x)
             logits.append(self.objectness(x).permute(0, 2, 3, 1).flatten(1).float())
             deltas.append(self.deltas(x).permute(0, 2, 3, 1).reshape(len(x), -1, 4).float())
-        return logits, deltas
+        return AnchorPredictions(logits, deltas, self._anchors(features, image_size))
 
-    def anchors(self, maps: Sequence[Tensor], image_size: Sequence[int]) -> list[Tensor]:
-        """Anchors of each map over a padded image of (height, width), `[H * W * A, 4]`: rows, columns, then cells."""
-        levels = []
-        for feature, cells, exact in zip(maps, self.cells, self.strides, strict=True):
-            axes = []
-            for length, whole in zip(feature.shape[2:], image_size, strict=True):
-                stride = whole // length if self.config.anchors.rounded else exact
-                axes.append(torch.arange(length, device=cells.device) * stride)
-            y, x = torch.meshgrid(*axes, indexing="ij")
-            levels.append((torch.stack([x, y, x, y], -1)[:, :, None] + cells).flatten(0, 2))
-        return levels
-
+    @mark("RPN")
     @torch.no_grad()
-    def propose(
-        self, logits: Sequence[Tensor], deltas: Sequence[Tensor], anchors: Sequence[Tensor], sizes: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The best boxes, after NMS on each level by itself.
+    def targets(
+        self, predictions: AnchorPredictions, targets: Sequence[Target], *, crowd_overlap: float
+    ) -> AnchorTargets:
+        """Match anchors to the ground truth and sample some of them.
 
         Args:
-            logits, deltas: from `forward`.
-            anchors: of each level.
-            sizes: `[B, 2]`, (height, width) of the images before padding.
-
-        Returns:
-            Boxes `[B, P, 4]` by falling score, zeros after each image's own; and how many there are, `[B]`.
+            predictions: from `forward`.
+            targets: ground truth of each image.
+            crowd_overlap: see `match`.
         """
         config = self.config
-        per_level = config.pre_nms_top_k_train if self.training else config.pre_nms_top_k
-        proposals = config.proposals_train if self.training else config.proposals
-        longest = min(per_level, max(len(level) for level in anchors))
-        scores, boxes = [], []
-        for logit, delta, anchor in zip(logits, deltas, anchors, strict=True):
-            best, index = logit.topk(min(per_level, len(anchor)))  # decode only what takes part
-            box = box_ops.decode(delta.take_along_dim(index[..., None], 1), anchor[index])
-            padding = longest - best.shape[1]
-            scores.append(F.pad(best, (0, padding), value=-math.inf))
-            boxes.append(F.pad(box, (0, 0, 0, padding)))
-        score, box = torch.stack(scores, 1), torch.stack(boxes, 1)  # [B, levels, longest]
-        box = box_ops.clip(box, sizes[:, None, None])
-        thin = (box[..., 2:] - box[..., :2]).amin(-1) < config.min_box_size
-        score = score.masked_fill(thin, -math.inf)
-
-        index, _ = nms_padded(
-            box.flatten(0, 1),
-            score.flatten(0, 1),
-            config.nms_iou,
-            min(longest, proposals),
-            score_threshold=-math.inf,
-        )
-        index = index.unflatten(0, score.shape[:2])
-        score = score.gather(2, index.clamp(min=0)).masked_fill(index < 0, -math.inf).flatten(1)
-        box = box.take_along_dim(index.clamp(min=0)[..., None], 2).flatten(1, 2)
-        score, index = score.topk(min(proposals, score.shape[1]))
-        box = box.take_along_dim(index[..., None], 1)
-        real = score > -math.inf
-        return box.masked_fill(~real[..., None], 0.0), real.sum(1)
-
-    def losses(
-        self,
-        logits: Sequence[Tensor],
-        deltas: Sequence[Tensor],
-        anchors: Sequence[Tensor],
-        targets: Sequence[Target],
-        crowd_overlap: float,
-    ) -> dict[str, Tensor]:
-        """Mean cross entropy over sampled anchors, and smooth L1 of the positive ones over the same number."""
-        config = self.config
-        logit, delta, anchor = torch.cat(list(logits), 1), torch.cat(list(deltas), 1), torch.cat(list(anchors))
-        labels, matched = [], []
+        anchors = torch.cat(predictions.anchors)
+        labels, gt_boxes = [], []
         for target in targets:
-            index, label = match(
-                anchor,
+            matches, label = match(
+                anchors,
                 target,
                 config.positive_iou,
                 config.negative_iou,
@@ -144,21 +114,93 @@ class RPN(nn.Module):
                 best_for_each=True,
             )
             labels.append(label)
-            matched.append(matched_rows(target.boxes, index))
-        label = torch.stack(labels)
-        index, valid = sample(label, config.samples_per_image, config.positive_fraction)
-        number = mean_count(valid.sum())
-        positive = valid & (label.gather(1, index) == POSITIVE)
-        chosen = logit.gather(1, index)
-        objectness = F.binary_cross_entropy_with_logits(chosen, positive.to(chosen), reduction="none")
+            gt_boxes.append(index_matched(target.boxes, matches))
+        labels = torch.stack(labels)
+        indices, valid = sample(labels, config.samples_per_image, config.positive_fraction)
+        positive = valid & (labels.gather(1, indices) == POSITIVE)
+        anchors = anchors[indices]
+        gt_boxes = torch.stack(gt_boxes).take_along_dim(indices[..., None], 1)
+        # The target of an anchor that is not positive is the anchor, so that its deltas are zero
+        deltas = box_ops.encode(torch.where(positive[..., None], gt_boxes, anchors), anchors)
+        return AnchorTargets(indices, valid, positive, deltas)
 
-        anchor = anchor[index]
-        wanted = torch.stack(matched).take_along_dim(index[..., None], 1)
-        goal = box_ops.encode(torch.where(positive[..., None], wanted, anchor), anchor)
-        distance = F.smooth_l1_loss(
-            delta.take_along_dim(index[..., None], 1), goal, beta=config.smooth_l1_beta, reduction="none"
-        )
+    @mark("RPN")
+    def loss(self, predictions: AnchorPredictions, targets: AnchorTargets) -> dict[str, Tensor]:
+        """Losses over the sampled anchors, each divided by the number of samples.
+
+        Returns:
+            `loss_objectness`, binary cross entropy, and `loss_rpn_box_reg`, smooth L1 of the positive anchors.
+        """
+        num_samples = mean_count(targets.valid.sum())
+        logits = torch.cat(predictions.logits, 1).gather(1, targets.indices)
+        deltas = torch.cat(predictions.deltas, 1).take_along_dim(targets.indices[..., None], 1)
+        objectness = F.binary_cross_entropy_with_logits(logits, targets.positive.to(logits), reduction="none")
+        distance = F.smooth_l1_loss(deltas, targets.deltas, beta=self.config.smooth_l1_beta, reduction="none")
         return {
-            "rpn_objectness": (objectness * valid).sum() / number,
-            "rpn_box": (distance * positive[..., None]).sum() / number,
+            "loss_objectness": (objectness * targets.valid).sum() / num_samples,
+            "loss_rpn_box_reg": (distance * targets.positive[..., None]).sum() / num_samples,
         }
+
+    @mark("RPN")
+    @torch.no_grad()
+    def decode(self, predictions: AnchorPredictions, sizes: Tensor) -> Proposals:
+        """The best boxes of each image, after NMS on each level separately.
+
+        Args:
+            predictions: from `forward`.
+            sizes: `[B, 2]`, (height, width) of the images before padding.
+        """
+        config = self.config
+        num_proposals = config.proposals_train if self.training else config.proposals
+        scores, boxes = self._best_boxes(predictions)
+        boxes = box_ops.clip(boxes, sizes[:, None, None])
+        too_small = (boxes[..., 2:] - boxes[..., :2]).amin(-1) < config.min_box_size
+        scores = scores.masked_fill(too_small, -math.inf)
+
+        batch, levels, candidates = scores.shape
+        with mark("NMS"):
+            indices, _ = nms_padded(
+                boxes.flatten(0, 1),
+                scores.flatten(0, 1),
+                config.nms_iou,
+                min(candidates, num_proposals),
+                score_threshold=-math.inf,
+            )
+        indices = indices.unflatten(0, (batch, levels))
+        empty, indices = indices < 0, indices.clamp(min=0)
+        scores = scores.gather(2, indices).masked_fill(empty, -math.inf).flatten(1)
+        boxes = boxes.take_along_dim(indices[..., None], 2).flatten(1, 2)
+
+        scores, indices = scores.topk(min(num_proposals, scores.shape[1]))
+        boxes = boxes.take_along_dim(indices[..., None], 1)
+        valid = scores > -math.inf
+        return Proposals(boxes.masked_fill(~valid[..., None], 0.0), valid.sum(1))
+
+    def _best_boxes(self, predictions: AnchorPredictions) -> tuple[Tensor, Tensor]:
+        """The highest logits of each level, `[B, levels, n]`, and their decoded boxes, `[B, levels, n, 4]`.
+
+        n is the largest number over the levels; other levels are padded with logits of -infinity.
+        """
+        top_k = self.config.pre_nms_top_k_train if self.training else self.config.pre_nms_top_k
+        candidates = min(top_k, max(len(anchors) for anchors in predictions.anchors))
+        all_scores, all_boxes = [], []
+        for logits, deltas, anchors in zip(*predictions, strict=True):
+            scores, indices = logits.topk(min(top_k, len(anchors)))
+            boxes = box_ops.decode(deltas.take_along_dim(indices[..., None], 1), anchors[indices])
+            padding = candidates - scores.shape[1]
+            all_scores.append(F.pad(scores, (0, padding), value=-math.inf))
+            all_boxes.append(F.pad(boxes, (0, 0, 0, padding)))
+        return torch.stack(all_scores, 1), torch.stack(all_boxes, 1)
+
+    def _anchors(self, features: Sequence[Tensor], image_size: Sequence[int]) -> list[Tensor]:
+        """Anchors of each feature map, `[H * W * A, 4]`, ordered by row, then by column, then by cell anchor."""
+        levels = []
+        for feature, cell, exact_stride in zip(features, self.cell_anchors, self.strides, strict=True):
+            axes = []
+            for length, image_length in zip(feature.shape[2:], image_size, strict=True):
+                # torchvision, whose weights want rounded anchors, takes the stride from the sizes
+                stride = image_length // length if self.config.anchors.rounded else exact_stride
+                axes.append(torch.arange(length, device=cell.device) * stride)
+            y, x = torch.meshgrid(*axes, indexing="ij")
+            levels.append((torch.stack([x, y, x, y], -1)[:, :, None] + cell).flatten(0, 2))
+        return levels

@@ -1,1 +1,1 @@
-"""Weights on disk: fastmask's own, torchvision's and detectron2's."""
+"""Weights on disk: of fastmask, torchvision and detectron2."""

@@ -6,18 +6,18 @@ from torchvision.models.detection import KeypointRCNN_ResNet50_FPN_Weights, Mask
 
 from models.structures import Category
 
-# COCO's skeleton, of its person_keypoints annotations but counted from 0
+# The skeleton of COCO's person_keypoints annotations, counted from 0
 _SKELETON = (
     *((15, 13), (13, 11), (16, 14), (14, 12), (11, 12)),  # legs and hips
     *((5, 11), (6, 12), (5, 6), (5, 7), (6, 8), (7, 9), (8, 10)),  # trunk and arms
     *((1, 2), (0, 1), (0, 2), (1, 3), (2, 4), (3, 5), (4, 6)),  # face, and down to the shoulders
 )
 
-# All 90 ids of COCO's annotations, of which ten are not in use: the classes of torchvision's weights
+# The classes of torchvision's weights: all 90 ids of COCO's annotations, ten of which are unused
 COCO_IDS = tuple(
     Category(id, name) for id, name in enumerate(MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]) if id > 0
 )
-# The 80 in use: the classes of detectron2's weights
+# The classes of detectron2's weights: the 80 ids in use
 COCO = tuple(category for category in COCO_IDS if category.name != "N/A")
 COCO_PERSON = (
     Category(1, "person", tuple(KeypointRCNN_ResNet50_FPN_Weights.COCO_V1.meta["keypoint_names"]), _SKELETON),
@@ -25,11 +25,14 @@ COCO_PERSON = (
 
 
 def categories_for(classes: int, keypoints: int | None) -> tuple[Category, ...]:
-    """What a model's labels most likely mean, where its file does not say: COCO's, or numbers.
+    """The categories that a model's labels most likely stand for, where its file does not say.
 
     Args:
-        classes: how many, without the background.
-        keypoints: of each object; none without a keypoint branch.
+        classes: number of classes, without the background.
+        keypoints: number of keypoints of each object; None without a keypoint branch.
+
+    Returns:
+        COCO's categories where the numbers are those of COCO's models; otherwise the labels as names.
     """
     if (classes, keypoints) == (1, 17):
         return COCO_PERSON

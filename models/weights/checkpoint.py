@@ -1,4 +1,4 @@
-"""Models on disk: our own, and those that torchvision and detectron2 publish. Nothing in a file is executed."""
+"""Files of weights: fastmask's checkpoints, and models of torchvision and detectron2. No code in a file is executed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import pickle
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from models.config import model_config
+from models.config import C4, ModelConfig, config_values, model_config
 from models.network.mask_rcnn import MaskRCNN
 from models.structures import Category
 from models.weights import detectron2 as weights_detectron2
@@ -25,16 +24,21 @@ from models.weights import safe_pickle
 from models.weights import torchvision as weights_torchvision
 from models.weights.architecture import Weights
 
-# Fields of `ModelConfig` that weights get used to in training and that no shape shows
+# Number of the layout of checkpoints (names of tensors, fields of the config), which every change of it increases.
+# Checkpoints of the first layout have no number.
+FORMAT = 2
+
+# Settings of `ModelConfig` that trained weights depend on and that no shape shows; a model may lack some of them
 _BACKBONE_SETTINGS = (
     *("input.channels", "input.pixel_mean", "input.pixel_std"),
     *("backbone.stride_in_1x1", "backbone.norm_eps"),
 )
 _DETECTOR_SETTINGS = (
     *_BACKBONE_SETTINGS,
+    *("features.level_rounding", "features.res5_stride"),
     *("rpn.anchors.sizes", "rpn.anchors.aspect_ratios", "rpn.anchors.rounded"),
-    *("pooling.sampling_ratio", "pooling.aligned", "pooling.level_rounding"),
-    *("box.resolution", "box.res5_stride", "box.delta_weights"),
+    *("pooling.sampling_ratio", "pooling.aligned"),
+    *("box.resolution", "box.delta_weights"),
 )
 _BRANCHES = ("mask_head.", "keypoint_head.")
 _PREDICTORS = ("box_head.class_logits.", "box_head.deltas.", "mask_head.mask_logits.", "keypoint_head.deconv.")
@@ -42,10 +46,10 @@ _PREDICTORS = ("box_head.class_logits.", "box_head.deltas.", "mask_head.mask_log
 
 @dataclass(frozen=True)
 class Differences:
-    """Between a model and a file of weights; shapes and settings are (in the model, in the file)."""
+    """Differences between a model and a file of weights; pairs are (in the model, in the file)."""
 
-    missing: Sequence[str] = ()  # in the model alone
-    unexpected: Sequence[str] = ()  # in the file alone
+    missing: Sequence[str] = ()  # names of tensors in the model only
+    unexpected: Sequence[str] = ()  # names of tensors in the file only
     shapes: Mapping[str, tuple[list[int], list[int]]] = field(default_factory=dict)
     settings: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)  # fields of `ModelConfig`
 
@@ -58,25 +62,33 @@ class Differences:
 
 
 def save(path: str | Path, model: MaskRCNN, categories: Sequence[Category], **training: Any) -> None:
-    """Write a model so that the file is whole at any moment: the old one, or the new one.
+    """Write a checkpoint. At any moment, even if the process is killed, `path` is the complete old or new file.
 
     Args:
         path: ends in `.pth`, or in `.safetensors`, which holds no training state.
         model: its weights and its config are written.
         categories: of the labels 1, 2, ...
-        training: tensors, numbers, text and plain containers (the optimiser's state, the iteration, ...), so that
-            `torch.load(path, weights_only=True)` returns them beside "model", "config" and "categories".
+        training: the state of the training (optimiser, iteration, ...) as tensors, numbers, text and plain containers;
+            `torch.load(path, weights_only=True)` returns it beside "model", "format", "config" and "categories".
+
+    Raises:
+        ValueError: the path ends in something else.
     """
     path = Path(path)
-    about = {"config": asdict(model.config), "categories": [asdict(category) for category in categories]}
+    metadata = {
+        "format": FORMAT,
+        "config": config_values(model.config),
+        "categories": [asdict(category) for category in categories],
+    }
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with partial.open("wb") as file:
             if path.suffix == ".pth":
-                torch.save(dict(model=model.state_dict(), **about, **training), file)
+                torch.save(dict(model=model.state_dict(), **metadata, **training), file)
             elif path.suffix == ".safetensors" and not training:
                 tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-                file.write(safetensors.torch.save(tensors, {key: json.dumps(value) for key, value in about.items()}))
+                text = {key: json.dumps(value) for key, value in metadata.items()}
+                file.write(safetensors.torch.save(tensors, text))
             else:
                 raise ValueError(f"path: expected .pth, or .safetensors without a training state, got {path}")
             file.flush()
@@ -89,18 +101,21 @@ def save(path: str | Path, model: MaskRCNN, categories: Sequence[Category], **tr
 def load_model(
     path: str | Path, device: str | torch.device | None = None, *, norm_eps: float | None = None
 ) -> tuple[MaskRCNN, tuple[Category, ...]]:
-    """A detector ready to detect, and the categories of its labels 1, 2, ...
+    """Load a detector for inference.
 
     Args:
-        path: one of ours; torchvision's Faster, Mask or Keypoint R-CNN with a ResNet-FPN (a state dict, by itself or
-            as "model" in a dictionary); or one of detectron2's, with an FPN or on a C4 (`.pkl` or `.pth`).
-        device: the GPU where there is one, otherwise the CPU, unless given.
-        norm_eps: of the backbone's batch norms, where the file does not say and the guess is wrong: see
+        path: a checkpoint of fastmask; torchvision's Faster, Mask or Keypoint R-CNN with a ResNet-FPN (a state dict,
+            by itself or as "model" in a dictionary); or one of detectron2's with an FPN or a C4 (`.pkl` or `.pth`).
+        device: where the model is to be; by default the GPU if there is one, otherwise the CPU.
+        norm_eps: epsilon of the backbone's batch norms, for files that do not say and a wrong guess: see
             `models.weights.torchvision.convert_detector`.
 
+    Returns:
+        The model in evaluation mode, and the categories of its labels 1, 2, ...
+
     Raises:
-        ValueError: the file is none of these, is damaged, or holds something else than data; or its tensors are not
-            those of the network that they imply, in which case all differences are listed.
+        ValueError: the file is none of these, is a checkpoint of another format, is damaged, or holds something other
+            than data; or its tensors are not those of the network that they imply, and all differences are listed.
     """
     weights = _read(Path(path))
     if weights.categories is None:
@@ -112,32 +127,36 @@ def load_model(
     differences = _compare(model, weights.tensors)
     if str(differences):
         raise ValueError(f"{path}: expected the weights of {config}, got\n{differences}")
-    model.load_state_dict(weights.tensors, strict=False)  # compared above; batch counts may be missing
+    model.load_state_dict(weights.tensors, strict=False)  # compared above; numbers of batches may be missing
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return model.to(device).eval(), weights.categories
 
 
 def load_weights(model: MaskRCNN, path: str | Path) -> Differences:
-    """Start a model from a file's weights: any that `load_model` reads, or torchvision's ImageNet ResNets.
+    """Initialise a model from a file: any that `load_model` reads, or one of torchvision's ImageNet ResNets.
 
-    What may stay as it is: with a backbone, all the rest; the layers that predict, for other classes or keypoints
-    than the file's; a branch for masks or keypoints that the file or the model lacks.
+    These parts of the model may keep their initial weights: all but the backbone, for a ResNet; the layers that
+    predict, if classes or keypoints differ; a mask or keypoint branch that the file or the model lacks.
 
     Returns:
-        What was left as it is, and the settings with which the file's weights were trained that the model does not
-        share (these are not changed); it prints as one line for each, and as nothing if there are none.
+        The parts that keep their initial weights, and the settings in which the model differs from the one that the
+        file's weights were trained in (they are not changed). Its text has one line for each, and is empty if there
+        are none.
 
     Raises:
-        ValueError: as `load_model`, but for what is listed above.
+        ValueError: as for `load_model`, but for the differences above.
     """
     return _fill(model, _read(Path(path)), path)
 
 
 def load_training(model: MaskRCNN, path: str | Path) -> dict[str, Any]:
-    """Go on with what `save` wrote, the model and all; returns its `training`.
+    """Load a checkpoint to continue its training.
+
+    Returns:
+        The content of the file, with the `training` given to `save`.
 
     Raises:
-        ValueError: as `load_weights`, or the file's model is another one in anything that `load_weights` tolerates.
+        ValueError: as for `load_weights`, or there is any difference between the model and the file's.
     """
     content = _read_torch(Path(path))
     differences = _fill(model, _recognise(content, Path(path)), path)
@@ -151,35 +170,43 @@ def _fill(model: MaskRCNN, weights: Weights, path: str | Path) -> Differences:
     absent = [branch for branch in _BRANCHES if not any(name.startswith(branch) for name in tensors)]
     if weights.categories is None:
         settings = _BACKBONE_SETTINGS
-        absent += ["fpn.", "rpn.", "box_head."]
-        if model.config.fpn is None:  # a C4's last stage belongs to the heads
-            tensors = {name.replace("backbone.layer4.", "res5."): tensor for name, tensor in tensors.items()}
+        absent += ["backbone.fpn.", "rpn.", "box_head."]
+        if isinstance(model.config.features, C4):  # its last stage is applied to regions
+            tensors = {n.replace("backbone.layer4.", "roi_features.res5."): tensor for n, tensor in tensors.items()}
     state = model.state_dict()
     unused = [branch for branch in _BRANCHES if not any(name.startswith(branch) for name in state)]
 
-    found = _compare(model, tensors)
+    differences = _compare(model, tensors)
     errors = Differences(
-        [name for name in found.missing if not name.startswith(tuple(absent))],
-        [name for name in found.unexpected if not name.startswith(tuple(unused))],
-        {name: shapes for name, shapes in found.shapes.items() if not name.startswith(_PREDICTORS)},
+        [name for name in differences.missing if not name.startswith(tuple(absent))],
+        [name for name in differences.unexpected if not name.startswith(tuple(unused))],
+        {name: shapes for name, shapes in differences.shapes.items() if not name.startswith(_PREDICTORS)},
     )
     if str(errors):
         raise ValueError(f"{path}: expected weights that fit the model, got\n{errors}")
-    model.load_state_dict({name: tensors[name] for name in tensors if name not in found.shapes}, strict=False)
-    values = {name: tuple(map(attrgetter(name), (model.config, weights.config))) for name in settings}
-    return replace(found, settings={name: pair for name, pair in values.items() if pair[0] != pair[1]})
+    model.load_state_dict({name: tensors[name] for name in tensors if name not in differences.shapes}, strict=False)
+    values = {name: (_setting(model.config, name), _setting(weights.config, name)) for name in settings}
+    return replace(differences, settings={name: pair for name, pair in values.items() if pair[0] != pair[1]})
+
+
+def _setting(config: ModelConfig, name: str) -> Any:
+    """A field of a config by its path, or None if another member of a union is configured there."""
+    value: Any = config
+    for part in name.split("."):
+        value = getattr(value, part, None)
+    return value
 
 
 def _compare(model: MaskRCNN, tensors: Mapping[str, Tensor]) -> Differences:
-    """Counts of batches are left out: old files do not have them, and nothing reads them."""
-    ours, theirs = (
+    """Differences between names and shapes. Batch norms' numbers of batches are left out: old files lack them."""
+    expected, got = (
         {name: list(tensor.shape) for name, tensor in state.items() if not name.endswith(".num_batches_tracked")}
         for state in (model.state_dict(), tensors)
     )
     return Differences(
-        [name for name in ours if name not in theirs],
-        [name for name in theirs if name not in ours],
-        {name: (ours[name], theirs[name]) for name in ours if name in theirs and ours[name] != theirs[name]},
+        [name for name in expected if name not in got],
+        [name for name in got if name not in expected],
+        {name: (expected[name], got[name]) for name in expected if name in got and expected[name] != got[name]},
     )
 
 
@@ -193,6 +220,11 @@ def _recognise(content: Any, path: Path) -> Weights:
         raise ValueError(f"{path}: expected a dictionary, got {type(content).__name__}")
     state = content.get("model", content)
     if "config" in content and "categories" in content:
+        if (number := content.get("format")) != FORMAT:
+            raise ValueError(
+                f"{path}: expected a checkpoint of format {FORMAT}, got {number or 'an older one without a number'};"
+                " another version of fastmask has written it, and only that version reads it"
+            )
         return Weights(state, model_config(content["config"]), tuple(map(_category, content["categories"])))
     if "roi_heads.box_predictor.cls_score.weight" in state:
         if "rpn.head.cls_logits.weight" in state:
@@ -219,7 +251,10 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
             metadata = file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"{path}: {error}") from error
-    return {"model": tensors} | {key: json.loads(metadata[key]) for key in ("config", "categories") if key in metadata}
+    if not metadata.keys() >= {"config", "categories"}:
+        return {"model": tensors}
+    keys = ("format", "config", "categories")
+    return {"model": tensors} | {key: json.loads(metadata[key]) for key in keys if key in metadata}
 
 
 def _category(values: Mapping[str, Any]) -> Category:

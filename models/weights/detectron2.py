@@ -1,4 +1,4 @@
-"""detectron2's weights: Faster, Mask and Keypoint R-CNN of its model zoo, with an FPN or on a C4."""
+"""Weights of detectron2: Faster, Mask and Keypoint R-CNN of its model zoo, with an FPN or a C4."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from models.config import InputConfig, ModelConfig, PoolingConfig
+from models.config import C4, InputConfig, ModelConfig, RoIAlign
 from models.weights.architecture import Weights, network_of
 from models.weights.categories import categories_for
 
-# Modules of detectron2's detectors, the ResNet excepted, and ours; a norm is inside of its convolution.
+# Names of modules in detectron2's detectors, except for the ResNet's, and in fastmask's. A norm is part of its
+# convolution in detectron2, and beside it in fastmask.
 _CONVS = {
-    **{f"backbone.fpn_lateral{i + 2}": f"fpn.lateral.{i}" for i in range(4)},
-    **{f"backbone.fpn_output{i + 2}": f"fpn.output.{i}" for i in range(4)},
+    **{f"backbone.fpn_lateral{i + 2}": f"backbone.fpn.lateral.{i}" for i in range(4)},
+    **{f"backbone.fpn_output{i + 2}": f"backbone.fpn.output.{i}" for i in range(4)},
     **{f"roi_heads.box_head.conv{i + 1}": f"box_head.convs.{i}" for i in range(4)},
     **{f"roi_heads.mask_head.mask_fcn{i + 1}": f"mask_head.convs.{i}" for i in range(4)},
     **{f"roi_heads.keypoint_head.conv_fcn{i + 1}": f"keypoint_head.convs.{i}" for i in range(8)},
@@ -24,8 +25,8 @@ _CONVS = {
     **{f"proposal_generator.rpn_head.conv.conv{i}": f"rpn.convs.{i}" for i in range(2)},
 }
 _MODULES = {
-    **{theirs: f"{ours}.conv" for theirs, ours in _CONVS.items()},
-    **{f"{theirs}.norm": f"{ours}.norm" for theirs, ours in _CONVS.items()},
+    **{source: f"{name}.conv" for source, name in _CONVS.items()},
+    **{f"{source}.norm": f"{name}.norm" for source, name in _CONVS.items()},
     "proposal_generator.rpn_head.objectness_logits": "rpn.objectness",
     "proposal_generator.rpn_head.anchor_deltas": "rpn.deltas",
     "roi_heads.box_head.fc1": "box_head.fcs.0",
@@ -40,22 +41,31 @@ _RESNET = re.compile(r"backbone\.(?:bottom_up\.)?(stem|res[2-5]\.\d+)\.(conv[123
 _RES5_HEAD = re.compile(r"roi_heads\.res5\.(\d+)\.(conv[123]|shortcut)(\.norm)?\.(\w+)")
 _LAYERS = {"conv1": ("conv1", "bn1"), "conv2": ("conv2", "bn2"), "conv3": ("conv3", "bn3")}
 _LAYERS["shortcut"] = ("downsample.0", "downsample.1")
-# Constants, which older versions of detectron2 kept among the weights; the pixels' are read, below
+# Constants that older versions of detectron2 stored among the weights; those of the pixels are read below
 _CONSTANTS = ("proposal_generator.anchor_generator.", "pixel_mean", "pixel_std")
 
 
 def convert(state: Mapping[str, Tensor]) -> Weights:
-    """A detector's state dict, with the conventions of the configurations that the model zoo publishes.
+    """Convert the state dict of one of detectron2's detectors, with the conventions of the model zoo.
 
-    A state dict does not tell how its images were normalised or where its bottlenecks stride. ResNets of the zoo
-    follow the original one: pixels minus their mean, the stride in the 1x1 convolution. ResNeXts have pixels of unit
-    variance and the stride in the 3x3 convolution. Both read BGR.
+    A state dict does not say how images were normalised or in which convolution bottlenecks stride. ResNets of the
+    zoo follow the original one: the mean is subtracted from pixels, and the 1x1 convolution strides. For ResNeXts,
+    pixels are divided by their standard deviation too, and the 3x3 convolution strides. Both read BGR.
+
+    Args:
+        state: tensors under detectron2's names.
+
+    Returns:
+        Tensors under fastmask's names; names that fastmask does not know are kept, so that they can be reported.
+
+    Raises:
+        ValueError: see `network_of`.
     """
     tensors = {_rename(name): tensor for name, tensor in state.items() if not name.startswith(_CONSTANTS)}
-    for leaf in ("weight", "bias"):  # their background comes last
+    for leaf in ("weight", "bias"):  # in detectron2 the background is the last class
         name = f"box_head.class_logits.{leaf}"
         tensors[name] = tensors[name].roll(1, 0)
-    # The oldest files have batch norms' scale and shift alone, the statistics multiplied in
+    # In the oldest files, the statistics of batch norms are folded into scale and shift
     for name in [name for name in tensors if re.search(r"(bn\d|downsample\.1)\.weight$", name)]:
         prefix = name.removesuffix("weight")
         tensors.setdefault(f"{prefix}running_mean", torch.zeros_like(tensors[name]))
@@ -73,30 +83,31 @@ def _conventions(network: ModelConfig, state: Mapping[str, Tensor]) -> ModelConf
         network,
         input=InputConfig(pixel_mean=mean, pixel_std=std, channels="BGR"),
         backbone=replace(network.backbone, stride_in_1x1=not resnext),
-        pooling=PoolingConfig(sampling_ratio=0, aligned=True, level_rounding="detectron2"),
+        pooling=RoIAlign(sampling_ratio=0, aligned=True),
         box=replace(network.box, min_box_size=0.0),
     )
-    if config.fpn is not None:
+    if not isinstance(config.features, C4):
         return config
     return replace(
         config,
         input=replace(config.input, divisor=1),
+        features=C4(res5_stride=2),
         rpn=replace(config.rpn, pre_nms_top_k=6000, proposals=1000),
-        box=replace(config.box, resolution=14, res5_stride=2),
+        box=replace(config.box, resolution=14),
     )
 
 
 def _rename(name: str) -> str:
-    """Our name, or the same where we have none, to be reported."""
+    """fastmask's name of a tensor, or the same name if there is none."""
     if match := _RESNET.fullmatch(name):
-        place, layer, norm, leaf = match.groups()
-        ours = _LAYERS[layer][norm is not None]
-        if place == "stem":
-            return f"backbone.{ours}.{leaf}"
-        stage, block = place.removeprefix("res").split(".")
-        return f"backbone.layer{int(stage) - 1}.{block}.{ours}.{leaf}"
+        part, layer, norm, leaf = match.groups()
+        layer = _LAYERS[layer][norm is not None]
+        if part == "stem":
+            return f"backbone.{layer}.{leaf}"
+        stage, block = part.removeprefix("res").split(".")
+        return f"backbone.layer{int(stage) - 1}.{block}.{layer}.{leaf}"
     if match := _RES5_HEAD.fullmatch(name):
         block, layer, norm, leaf = match.groups()
-        return f"res5.{block}.{_LAYERS[layer][norm is not None]}.{leaf}"
+        return f"roi_features.res5.{block}.{_LAYERS[layer][norm is not None]}.{leaf}"
     module, _, leaf = name.rpartition(".")
     return f"{_MODULES[module]}.{leaf}" if module in _MODULES else name

@@ -1,8 +1,8 @@
-"""NumPy arrays from a pickle that is not trusted.
+"""Reads NumPy arrays from an untrusted pickle.
 
-A pickle calls what it names. `numpy.ndarray` and `numpy.dtype` are no safer than others to call: together they read
-any bytes as pointers to objects. So nothing of NumPy is handed out: stand-ins take what pickled arrays are made of,
-and make arrays of numbers from it.
+A pickle names functions and classes, which are called when it is loaded. Calling those of NumPy is not safe either:
+`numpy.ndarray` with an object dtype reads any bytes as pointers. Therefore the unpickler replaces NumPy's names by
+stand-ins, which take the content of pickled arrays and make numeric arrays from it, and refuses all other names.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 
 class _Dtype:
-    """In place of `numpy.dtype`: numbers alone."""
+    """Stands in for `numpy.dtype`; admits numeric types only."""
 
     def __init__(self, name: str, *_flags: object) -> None:
         self.dtype = np.dtype(name)
@@ -29,23 +29,23 @@ class _Dtype:
 
 
 class _Array:
-    """In place of what `numpy.core.multiarray._reconstruct` makes: empty, until its state is set."""
+    """Stands in for the result of `numpy.core.multiarray._reconstruct`, which is empty until its state is set."""
 
     def __init__(self, *_type_shape_dtype: object) -> None:
         self.tensor = torch.empty(0)
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        _version, shape, kind, by_columns, data = state
-        array = np.frombuffer(_latin1(data), kind.dtype).reshape(shape, order="F" if by_columns else "C")
-        self.tensor = torch.from_numpy(array.astype(kind.dtype.newbyteorder("="), order="C"))
+        _version, shape, dtype, by_columns, data = state
+        array = np.frombuffer(_latin1(data), dtype.dtype).reshape(shape, order="F" if by_columns else "C")
+        self.tensor = torch.from_numpy(array.astype(dtype.dtype.newbyteorder("="), order="C"))
 
 
-def _scalar(kind: _Dtype, data: str | bytes) -> float:
-    return np.frombuffer(_latin1(data), kind.dtype, count=1).item()
+def _scalar(dtype: _Dtype, data: str | bytes) -> float:
+    return np.frombuffer(_latin1(data), dtype.dtype, count=1).item()
 
 
 def _latin1(data: str | bytes, _encoding: str = "latin1") -> bytes:
-    """Bytes, which the pickles of Python 2 and those of protocols up to 2 hold as text."""
+    """Bytes, which pickles of Python 2 and of protocols up to 2 store as text."""
     return data.encode("latin1") if isinstance(data, str) else data
 
 
@@ -70,16 +70,16 @@ class _Unpickler(pickle.Unpickler):
 
 
 def load(path: Path) -> Any:
-    """What a pickle holds, with tensors for its arrays inside of dictionaries.
+    """The content of a pickle; arrays that are values of (nested) dictionaries become tensors.
 
     Raises:
-        ValueError: anything but arrays of numbers, numbers, text and plain containers is in it, or it is damaged.
+        ValueError: the pickle holds anything but numeric arrays, numbers, text and plain containers, or is damaged.
     """
     with path.open("rb") as file:
         try:
             return _tensors(_Unpickler(file, encoding="latin1").load())
         except (pickle.UnpicklingError, EOFError, TypeError, ValueError, AttributeError, LookupError) as error:
-            raise ValueError(f"{path}: {error}") from error  # damage shows in all of these
+            raise ValueError(f"{path}: {error}") from error  # a damaged pickle raises any of these
 
 
 def _tensors(value: Any) -> Any:

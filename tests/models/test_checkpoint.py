@@ -1,8 +1,9 @@
-"""Files of weights, read and written: whole at any moment, nothing in them executed, every difference named."""
+"""Checkpoints: complete at any moment, no code in them executed, every difference from a model named."""
 
 import os
 import pickle
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -12,32 +13,35 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 
 from models.config import (
+    C4,
+    FPN,
+    AverageBox,
     BackboneConfig,
-    BoxHeadConfig,
-    FPNConfig,
+    FCBox,
+    FCNMask,
     InputConfig,
     KeypointHeadConfig,
-    MaskHeadConfig,
     ModelConfig,
 )
 from models.network.mask_rcnn import MaskRCNN
+from models.weights import checkpoint
 from models.weights.categories import COCO, COCO_PERSON
-from models.weights.checkpoint import load_model, load_weights, save
+from models.weights.checkpoint import FORMAT, load_model, load_weights, save
 
 pytestmark = pytest.mark.reference_only
 
 SMALL = ModelConfig(
     classes=2,
     backbone=BackboneConfig(depth=18),
-    fpn=FPNConfig(channels=8),
-    box=BoxHeadConfig(conv_channels=8, fc_channels=8),
-    mask=MaskHeadConfig(convs=1, channels=8),
+    features=FPN(channels=8),
+    box=FCBox(conv_channels=8, fc_channels=8),
+    mask=FCNMask(convs=1, channels=8),
     keypoint=KeypointHeadConfig(convs=1, channels=8),
 )
 
 
 def build(config):
-    """A model whose tensors differ from each other, batch norms' statistics included."""
+    """A model whose tensors all differ, statistics of batch norms included."""
     torch.manual_seed(0)
     model = MaskRCNN(config)
     for buffer in model.buffers():
@@ -126,6 +130,26 @@ def test_a_config_of_another_version_is_refused(small_file, tmp_path):
         load_model(tmp_path / "other.pth")
 
 
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize(
+    ("number", "got"),
+    [(None, "an older one without a number"), (FORMAT - 1, str(FORMAT - 1)), (FORMAT + 1, str(FORMAT + 1))],
+)
+def test_a_checkpoint_of_another_format_is_refused(number, got, suffix, small, tmp_path, monkeypatch):
+    path = tmp_path / f"model{suffix}"
+    monkeypatch.setattr(checkpoint, "FORMAT", number)
+    save(path, small, COCO_PERSON)
+    monkeypatch.undo()
+    if number is None and suffix == ".pth":  # the file of the first layout, which had no number
+        content = torch.load(path, weights_only=True)
+        del content["format"]
+        torch.save(content, path)
+    message = rf"model\{suffix}: expected a checkpoint of format {FORMAT}, got {got};"
+    for load in (load_model, partial(load_weights, small)):
+        with pytest.raises(ValueError, match=message):
+            load(path)
+
+
 def test_torchvision_file(tmp_path):
     backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None)
     box_head, predictor = TwoMLPHead(256 * 49, 8), FastRCNNPredictor(8, 4)
@@ -140,7 +164,7 @@ def test_torchvision_file(tmp_path):
     assert torch.equal(model.box_head.deltas.weight, predictor.bbox_pred.weight[4:])
 
     # to start another detector from: its predictors and its mask branch stay as they are
-    other = build(replace(SMALL, fpn=FPNConfig(), keypoint=None))
+    other = build(replace(SMALL, features=FPN(), keypoint=None))
     before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
     left = load_weights(other, path)
     kept = [*left.missing, *left.shapes]
@@ -155,8 +179,8 @@ def test_torchvision_file(tmp_path):
         assert torch.equal(tensor, source[name]), name
 
 
-@pytest.mark.parametrize("fpn", [FPNConfig(channels=8), None], ids=["FPN", "C4"])
-def test_imagenet_backbone(fpn, tmp_path):
+@pytest.mark.parametrize("features", [FPN(channels=8), C4()], ids=["FPN", "C4"])
+def test_imagenet_backbone(features, tmp_path):
     classifier = models.resnet18(weights=None)
     for buffer in classifier.buffers():
         buffer.copy_(torch.rand(buffer.shape))
@@ -164,18 +188,19 @@ def test_imagenet_backbone(fpn, tmp_path):
     with pytest.raises(ValueError, match="expected a detector, got a backbone"):
         load_model(tmp_path / "resnet18.pth")
 
-    box = SMALL.box if fpn else BoxHeadConfig(fcs=0)
-    model = build(replace(SMALL, fpn=fpn, box=box, input=InputConfig(channels="BGR")))
+    c4 = isinstance(features, C4)
+    box = AverageBox() if c4 else SMALL.box
+    model = build(replace(SMALL, features=features, box=box, input=InputConfig(channels="BGR")))
     left = load_weights(model, tmp_path / "resnet18.pth")
-    assert {name.split(".")[0] for name in left.missing} == {
-        *("rpn", "box_head", "mask_head", "keypoint_head"),
-        *(["fpn"] if fpn else []),
+    assert {name.split(".")[0] for name in left.missing if not name.startswith("backbone.fpn.")} == {
+        *("rpn", "box_head", "mask_head", "keypoint_head")
     }
+    assert any(name.startswith("backbone.fpn.") for name in left.missing) != c4
     assert (left.unexpected, left.shapes, left.settings) == ([], {}, {"input.channels": ("BGR", "RGB")})
-    ours, theirs = model.state_dict(), classifier.state_dict()
-    assert torch.equal(ours["backbone.bn1.running_var"], theirs["bn1.running_var"])
-    last = "backbone.layer4" if fpn else "res5"
-    assert torch.equal(ours[f"{last}.1.conv2.weight"], theirs["layer4.1.conv2.weight"])
+    loaded, source = model.state_dict(), classifier.state_dict()
+    assert torch.equal(loaded["backbone.bn1.running_var"], source["bn1.running_var"])
+    last = "roi_features.res5" if c4 else "backbone.layer4"
+    assert torch.equal(loaded[f"{last}.1.conv2.weight"], source["layer4.1.conv2.weight"])
 
 
 def test_a_branch_that_the_model_lacks(small, small_file):

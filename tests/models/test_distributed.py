@@ -23,7 +23,7 @@ def detector():
         config,
         classes=3,
         backbone=replace(config.backbone, norm="frozen"),
-        fpn=replace(config.fpn, norm="none"),
+        features=replace(config.features, norm="none"),
         box=replace(config.box, norm="none"),
         mask=replace(config.mask, norm="none"),
         rpn=replace(config.rpn, samples_per_image=10**6, pre_nms_top_k_train=50),
@@ -61,7 +61,7 @@ def process(rank, folder):
 
 
 def test_gradients_of_two_processes_are_those_of_one(tmp_path):
-    mp.set_forkserver_preload(["models.mask_rcnn"])  # torch is imported once
+    mp.set_forkserver_preload(["models.network.mask_rcnn"])  # torch is imported once
     mp.start_processes(process, (tmp_path,), 2, start_method="forkserver")
     found = torch.load(tmp_path / "gradients.pth", weights_only=True)
     expected = gradients(detector(), slice(0, 4))

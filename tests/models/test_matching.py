@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from models.network.matching import IGNORED, NEGATIVE, POSITIVE, match, sample
-from models.structures import Target
+from models.config import SamplingConfig
+from models.network.matching import IGNORED, NEGATIVE, POSITIVE, match, sample, sample_proposals
+from models.structures import Proposals, Target
 
 pytestmark = pytest.mark.reference_only
 
@@ -13,8 +14,8 @@ BOXES = torch.tensor(
         [0, 0, 10, 10],  # the first object itself
         [0, 0, 10, 20],  # IoU 0.5 with it
         [0, 0, 10, 25],  # 0.4
-        [30, 0, 40, 10],  # nothing
-        [50, 50, 60, 58],  # 0.4 with the second object: the best it has
+        [30, 0, 40, 10],  # overlaps no object
+        [50, 50, 60, 58],  # 0.4 with the second object, whose best box it is
     ]
 ).float()
 TARGET = Target(
@@ -36,10 +37,10 @@ def test_every_object_gets_its_best_box():
     assert labels.tolist() == [POSITIVE, IGNORED, IGNORED, NEGATIVE, POSITIVE]
     far = Target(torch.tensor([[500.0, 500, 510, 510]]), torch.tensor([1]), torch.zeros(0, 4))
     _, labels = match(BOXES, far, 0.7, 0.3, crowd_overlap=0.7, best_for_each=True)
-    assert labels.tolist() == [NEGATIVE] * 5  # an IoU of 0 is nobody's best
+    assert labels.tolist() == [NEGATIVE] * 5  # an IoU of 0 makes no box positive
 
 
-def test_without_objects_all_is_background():
+def test_without_objects_every_box_is_background():
     empty = Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4))
     matches, labels = match(BOXES, empty, 0.5, 0.5, crowd_overlap=0.7)
     assert labels.tolist() == [NEGATIVE] * 5
@@ -51,7 +52,7 @@ def test_a_box_without_area_is_background():
     assert labels.tolist() == [NEGATIVE]
 
 
-def test_what_lies_in_a_crowd_is_not_background():
+def test_negatives_in_a_crowd_are_ignored():
     crowd = torch.tensor([[33.0, 0, 100, 100], [0, 0, 10, 24]])  # holds 0.7 of the fourth box, and all of the last
     target = Target(TARGET.boxes, TARGET.labels, crowd)
     _, labels = match(BOXES, target, 0.5, 0.5, crowd_overlap=0.7)
@@ -99,3 +100,26 @@ def test_more_samples_than_boxes():
     index, valid = sample(labels, 10**6, 0.5)
     assert index.shape == (1, 3)
     assert index[valid].tolist() == [0, 1]
+
+
+def test_proposals_are_sampled_with_the_ground_truth():
+    """Two images: the first has two proposals and an empty slot, and two objects; the second has no objects."""
+    boxes = torch.stack([BOXES[[1, 3, 0]], BOXES[[0, 1, 2]]])
+    proposals = Proposals(boxes, torch.tensor([2, 3]))
+    empty = Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4))
+    torch.manual_seed(0)
+    samples = sample_proposals(proposals, [TARGET, empty], SamplingConfig(rois_per_image=12))
+    assert samples.boxes.shape == (2, 5, 4)
+    first = {(tuple(box), label, match) for box, label, match in zip(*(t[0].tolist() for t in samples), strict=True)}
+    assert {row for row in first if row[1] >= 0} == {
+        ((0, 0, 10, 20), 1, 0),
+        ((30, 0, 40, 10), 0, 0),
+        ((0, 0, 10, 10), 1, 0),  # the first object
+        ((50, 50, 70, 60), 2, 1),  # the second
+    }
+    assert sorted(samples.labels[1].tolist()) == [-1, -1, 0, 0, 0]
+
+    positives = samples.positives()
+    assert [len(boxes) for boxes in positives.boxes] == [3, 0]
+    assert [len(matches) for matches in positives.matches] == [3, 0]
+    assert sorted(positives.labels.tolist()) == [1, 1, 2]

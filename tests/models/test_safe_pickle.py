@@ -1,4 +1,4 @@
-"""Pickles that are not trusted: arrays come out right, and nothing is called."""
+"""Untrusted pickles: arrays are read correctly, and nothing is called."""
 
 import os
 import pickle
@@ -23,7 +23,7 @@ class Call:
         return self.call
 
 
-# Python 3's, and those of Python 2 and of NumPy before its second version
+# Pickles of Python 3, and those of Python 2 and of NumPy 1
 @pytest.mark.parametrize(("protocol", "core"), [(4, b"numpy._core"), (2, b"numpy.core"), (0, b"numpy.core")])
 def test_arrays(protocol, core, tmp_path):
     arrays = {
@@ -66,7 +66,7 @@ def test_no_call_is_made(tmp_path):
     ],
     ids=["pointers", "ndarray", "objects", "fields", "frombuffer", "torch"],
 )
-def test_what_else_numpy_would_do_is_refused(value, tmp_path):
+def test_other_calls_of_numpy_are_refused(value, tmp_path):
     path = tmp_path / "model.pkl"
     path.write_bytes(pickle.dumps({"model": {"x": value}}))
     with pytest.raises(ValueError, match=r"model\.pkl: "):
@@ -74,7 +74,7 @@ def test_what_else_numpy_would_do_is_refused(value, tmp_path):
 
 
 @pytest.mark.parametrize("length", [0, 1, 60, -9])
-def test_damage_is_named(length, tmp_path):
+def test_damaged_files_are_named(length, tmp_path):
     path = tmp_path / "model.pkl"
     path.write_bytes(pickle.dumps({"model": {"x": np.zeros(100)}})[:length])
     with pytest.raises(ValueError, match=r"model\.pkl: "):

@@ -89,7 +89,7 @@ def test_a_run_writes_what_it_says(uninterrupted, shapes):
     trained = [line for line in lines if line["group"] == "train"]
     assert [line["iteration"] for line in trained] == [1, 2, 3, 4, 5, 6]
     for line in trained:
-        parts = ("rpn_objectness", "rpn_box", "box_class", "box", "mask")
+        parts = ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask")
         assert line["loss"] == pytest.approx(sum(line[part] for part in parts))
         assert line["images_per_second"] > 0
     assert [line["group"] for line in lines[6:]] == ["bbox", "segm"]
@@ -155,7 +155,7 @@ def test_what_is_not_finite_stops_all_processes_and_keeps_the_checkpoint(shapes,
     )
     assert code != 0
     assert "NonFiniteLossError: iteration " in text
-    assert "rpn_objectness" in text
+    assert "loss_objectness" in text
     assert " of images [" in text
     if (output / train.LAST).exists():
         for name, value in weights(output / train.LAST).items():

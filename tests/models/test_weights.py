@@ -1,6 +1,7 @@
-"""Weights of torchvision and detectron2: every tensor at its place, and the network and conventions they stand for."""
+"""Conversion of torchvision's and detectron2's weights: names and values of tensors, network and conventions."""
 
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ from torchvision.models import detection
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import FrozenBatchNorm2d
 
-from models.config import BackboneConfig, FPNConfig, InputConfig, KeypointHeadConfig, MaskHeadConfig, PoolingConfig
+from models.config import C4, FPN, AverageBox, BackboneConfig, FCBox, FCNMask, InputConfig, KeypointHeadConfig, RoIAlign
 from models.network.mask_rcnn import MaskRCNN
+from models.network.resnet import ResNet
 from models.structures import Category
 from models.weights import detectron2 as weights_detectron2
 from models.weights import torchvision as weights_torchvision
@@ -22,22 +24,22 @@ pytestmark = pytest.mark.reference_only
 
 
 def numbered(shapes):
-    """Tensors of these shapes, each full of a number of its own, in the memory of one number each."""
+    """Tensors of these shapes, each filled with a different value, in the memory of one element each."""
     return {name: torch.tensor(float(i)).expand(shape) for i, (name, shape) in enumerate(shapes.items(), 1)}
 
 
-def number(tensor):
+def value(tensor):
     return tensor.flatten()[0].item()
 
 
 def assert_filled(weights, places, state):
-    """All tensors that the network has, no others, in its shapes, each of another source; `places` name some."""
+    """Exactly the network's tensors, in their shapes, each from a different source; `places` gives some sources."""
     with torch.device("meta"):
         expected = MaskRCNN(weights.config).state_dict()
     assert {name: tensor.shape for name, tensor in weights.tensors.items()} == {k: t.shape for k, t in expected.items()}
-    assert {number(tensor) for tensor in weights.tensors.values()} == {number(tensor) for tensor in state.values()}
-    for ours, theirs in places.items():
-        assert number(weights.tensors[ours]) == number(state[theirs]), ours
+    assert {value(tensor) for tensor in weights.tensors.values()} == {value(tensor) for tensor in state.values()}
+    for name, source in places.items():
+        assert value(weights.tensors[name]) == value(state[source]), name
 
 
 def torchvision_state(name):
@@ -53,8 +55,8 @@ def test_torchvision(kind):
     weights = weights_torchvision.convert_detector(state)
     places = {
         "backbone.layer3.5.bn2.running_var": "backbone.body.layer3.5.bn2.running_var",
-        "fpn.lateral.3.conv.weight": "backbone.fpn.inner_blocks.3.0.weight",
-        "fpn.output.0.conv.weight": "backbone.fpn.layer_blocks.0.0.weight",
+        "backbone.fpn.lateral.3.conv.weight": "backbone.fpn.inner_blocks.3.0.weight",
+        "backbone.fpn.output.0.conv.weight": "backbone.fpn.layer_blocks.0.0.weight",
         "rpn.objectness.bias": "rpn.head.cls_logits.bias",
         "rpn.deltas.bias": "rpn.head.bbox_pred.bias",
         "box_head.class_logits.weight": "roi_heads.box_predictor.cls_score.weight",
@@ -72,17 +74,18 @@ def test_torchvision(kind):
     config = weights.config
     assert config.input == InputConfig()
     assert config.backbone == BackboneConfig(depth=50, norm="batch")
-    assert config.fpn == FPNConfig(norm=norm)
-    assert config.pooling == PoolingConfig(sampling_ratio=2, aligned=False, level_rounding="torchvision")
+    assert config.features == FPN(norm=norm, level_rounding="torchvision")
+    assert config.pooling == RoIAlign(sampling_ratio=2, aligned=False)
     assert config.rpn.anchors.rounded
-    assert (config.rpn.convs, config.box.convs, config.box.fcs) == ((2, 4, 1) if second else (1, 0, 2))
-    assert config.mask == (MaskHeadConfig(norm=norm, paste="torchvision") if kind == "maskrcnn" else None)
+    assert config.rpn.convs == (2 if second else 1)
+    assert config.box == FCBox(convs=4 if second else 0, fcs=1 if second else 2, norm=norm)
+    assert config.mask == (FCNMask(norm=norm, paste="torchvision") if kind == "maskrcnn" else None)
     assert config.keypoint == (KeypointHeadConfig() if kind == "keypointrcnn" else None)
     assert weights.categories == (COCO_PERSON if kind == "keypointrcnn" else COCO_IDS)
 
 
 def test_torchvision_names_before_0_13():
-    """Those of the published files of the first generation, which torchvision's own loading takes as well."""
+    """Names in the published files of the first generation, which torchvision's models load as well."""
     state = {k: t for k, t in torchvision_state("maskrcnn_resnet50_fpn").items() if "num_batches_tracked" not in k}
     old = {}
     for name, tensor in state.items():
@@ -104,7 +107,7 @@ def test_torchvision_names_before_0_13():
     assert_filled(weights, {name: name for name in places}, places)
 
 
-def test_torchvision_background_comes_off():
+def test_torchvision_background_is_removed():
     with torch.device("meta"):
         backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None)
         shapes = {name: tensor.shape for name, tensor in detection.MaskRCNN(backbone, 4).state_dict().items()}
@@ -114,13 +117,13 @@ def test_torchvision_background_comes_off():
     assert weights.categories == (Category(1, "1"), Category(2, "2"), Category(3, "3"))
     box, mask = "roi_heads.box_predictor", "roi_heads.mask_predictor"
     for leaf in ("weight", "bias"):
-        for ours, theirs, rows in (
+        for name, source, rows in (
             ("box_head.class_logits", f"{box}.cls_score", 0),
             ("box_head.deltas", f"{box}.bbox_pred", 4),
             ("mask_head.mask_logits", f"{mask}.mask_fcn_logits", 1),
             ("mask_head.deconv", f"{mask}.conv5_mask", 0),
         ):
-            assert torch.equal(weights.tensors[f"{ours}.{leaf}"], state[f"{theirs}.{leaf}"][rows:]), ours
+            assert torch.equal(weights.tensors[f"{name}.{leaf}"], state[f"{source}.{leaf}"][rows:]), name
 
 
 @pytest.mark.parametrize(
@@ -138,20 +141,20 @@ def test_imagenet_backbone(name, expected):
     with torch.device("meta"):
         weights = weights_torchvision.convert_backbone(getattr(models, name)(weights=None).state_dict())
         assert weights.config.backbone == expected
-        state = MaskRCNN(weights.config).state_dict()
-    backbone = {name: tensor.shape for name, tensor in state.items() if name.startswith("backbone.")}
+        state = ResNet(weights.config.backbone).state_dict()
+    backbone = {f"backbone.{name}": tensor.shape for name, tensor in state.items()}
     assert {name: tensor.shape for name, tensor in weights.tensors.items()} == backbone
     assert weights.categories is None
 
 
-def test_a_depth_that_we_do_not_have():
+def test_an_unsupported_depth():
     with torch.device("meta"):
         state = models.resnet152(weights=None).state_dict()
     with pytest.raises(ValueError, match="ResNet-18, 34, 50 or 101, got 36 bottlenecks"):
         weights_torchvision.convert_backbone(state)
 
 
-def test_anchors_that_no_weights_tell():
+def test_unsupported_anchors():
     state = torchvision_state("fasterrcnn_resnet50_fpn")
     for leaf in ("weight", "bias"):
         state[f"rpn.head.cls_logits.{leaf}"] = state[f"rpn.head.cls_logits.{leaf}"].repeat_interleave(2, 0)
@@ -248,12 +251,12 @@ def test_detectron2(options, categories):
         width_per_group=options.get("width", 64),
         stride_in_1x1=not resnext,
     )
-    assert config.fpn == (None if c4 else FPNConfig())
-    assert config.pooling == PoolingConfig(sampling_ratio=0, aligned=True, level_rounding="detectron2")
+    assert config.features == (C4(res5_stride=2) if c4 else FPN(level_rounding="detectron2"))
+    assert config.pooling == RoIAlign(sampling_ratio=0, aligned=True)
     assert (config.rpn.pre_nms_top_k, config.rpn.proposals) == (6000 if c4 else 1000, 1000)
-    assert (config.box.resolution, config.box.fcs) == ((14, 0) if c4 else (7, 2))
-    assert config.box.res5_stride == (2 if c4 else 1)
-    assert config.mask == (MaskHeadConfig(convs=0 if c4 else 4) if "mask" in options else None)
+    box = AverageBox(resolution=14) if c4 else FCBox(resolution=7, fcs=2)
+    assert config.box == replace(box, min_box_size=0.0)
+    assert config.mask == (FCNMask(convs=0 if c4 else 4) if "mask" in options else None)
     assert config.keypoint == (KeypointHeadConfig() if "keypoint" in options else None)
 
     stem = "backbone.stem" if c4 else "backbone.bottom_up.stem"
@@ -261,15 +264,15 @@ def test_detectron2(options, categories):
     places = {
         "backbone.conv1.weight": f"{stem}.conv1.weight",
         "backbone.bn1.running_mean": f"{stem}.conv1.norm.running_mean",
-        f"{'res5' if c4 else 'backbone.layer4'}.0.downsample.1.bias": f"{last}.0.shortcut.norm.bias",
-        f"{'res5' if c4 else 'backbone.layer4'}.2.conv3.weight": f"{last}.2.conv3.weight",
+        f"{'roi_features.res5' if c4 else 'backbone.layer4'}.0.downsample.1.bias": f"{last}.0.shortcut.norm.bias",
+        f"{'roi_features.res5' if c4 else 'backbone.layer4'}.2.conv3.weight": f"{last}.2.conv3.weight",
         "rpn.convs.0.conv.weight": "proposal_generator.rpn_head.conv.weight",
         "rpn.deltas.weight": "proposal_generator.rpn_head.anchor_deltas.weight",
         "box_head.deltas.weight": "roi_heads.box_predictor.bbox_pred.weight",
     }
     if not c4:
-        places["fpn.lateral.0.conv.bias"] = "backbone.fpn_lateral2.bias"
-        places["fpn.output.3.conv.bias"] = "backbone.fpn_output5.bias"
+        places["backbone.fpn.lateral.0.conv.bias"] = "backbone.fpn_lateral2.bias"
+        places["backbone.fpn.output.3.conv.bias"] = "backbone.fpn_output5.bias"
     if "mask" in options:
         places["mask_head.mask_logits.weight"] = "roi_heads.mask_head.predictor.weight"
     if "keypoint" in options:

@@ -1,0 +1,28 @@
+"""Marks of a detector's stages in profiles.
+
+A marked stage appears as `fastmask::<stage>` in traces of `torch.profiler` and, with
+`torch.autograd.profiler.emit_nvtx`, in those of Nsight Systems. Marks nest: the time belongs to the innermost one.
+fastmask's operators have names of the same prefix, none of which is a stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal, get_args
+
+from torch.profiler import record_function
+
+Stage = Literal["preprocess", "backbone", "FPN", "RPN", "pooling", "heads", "NMS", "paste", "RLE"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+
+
+@contextmanager
+def mark(stage: Stage) -> Iterator[None]:
+    """Mark what runs inside as a stage: `with mark("pooling"): ...`, or `@mark("pooling")` on a function.
+
+    A decorated function opens a new mark in each call, so that it may be called from several threads at once; an
+    instance of `record_function`, used as a decorator, may not.
+    """
+    with record_function(f"fastmask::{stage}"):
+        yield

@@ -1,0 +1,141 @@
+"""The box head: classes and refined boxes (§3, figure 4).
+
+R regions, C channels, K classes, B images, N proposals and D detections of each image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastmask import box_ops, nms_padded
+from models.config import AverageBox, FCBox
+from models.distributed import mean_count
+from models.marks import mark
+from models.network.layers import BY_INPUTS, Convs, initialise
+from models.network.matching import Samples, index_matched
+from models.structures import PaddedDetections, Proposals, Target
+
+
+class BoxPredictions(NamedTuple):
+    """Predictions for each region."""
+
+    logits: Tensor  # [R, 1 + K] float32, background first
+    deltas: Tensor  # [R, K, 4] float32
+
+
+class BoxTargets(NamedTuple):
+    """What the regions should predict."""
+
+    labels: Tensor  # [R] int64: 1..K, 0 for background, -1 for an empty slot
+    deltas: Tensor  # [R, 4], zero for background and empty slots
+
+
+class BoxHead(nn.Module):
+    """Fully connected layers over each region (figure 4, right), or an average over it (figure 4, left)."""
+
+    def __init__(self, config: FCBox | AverageBox, in_channels: int, classes: int) -> None:
+        super().__init__()
+        self.config = config
+        self.resolution = config.resolution
+        self.convs, self.fcs = nn.Sequential(), nn.ModuleList()
+        out_channels = in_channels
+        if isinstance(config, FCBox):
+            self.convs = Convs(in_channels, config.conv_channels, config.convs, config.norm)
+            initialise(self.convs)
+            channels = config.conv_channels if config.convs else in_channels
+            widths = [channels * config.resolution**2, *[config.fc_channels] * config.fcs]
+            self.fcs = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
+            out_channels = widths[-1]
+        # The predictors keep PyTorch's initialisation, as in torchvision: Fast R-CNN's 0.01 was for 4096 inputs
+        self.class_logits = nn.Linear(out_channels, classes + 1)
+        self.deltas = nn.Linear(out_channels, classes * 4)
+        initialise(self.fcs, BY_INPUTS)
+
+    def forward(self, regions: Tensor) -> BoxPredictions:
+        """Class logits and box deltas of regions `[R, C, h, w]`."""
+        if isinstance(self.config, FCBox):
+            x = self.convs(regions).flatten(1)
+            for fc in self.fcs:
+                x = F.relu(fc(x), inplace=True)
+        else:
+            x = regions.mean((2, 3))
+        return BoxPredictions(self.class_logits(x).float(), self.deltas(x).unflatten(1, (-1, 4)).float())
+
+    def targets(self, samples: Samples, targets: Sequence[Target]) -> BoxTargets:
+        """Labels and deltas of sampled proposals, R = B * S.
+
+        Args:
+            samples: from `sample_proposals`.
+            targets: ground truth of each image.
+        """
+        labels, boxes = samples.labels.flatten(), samples.boxes.flatten(0, 1)
+        matched = zip(targets, samples.matches, strict=True)
+        gt_boxes = torch.cat([index_matched(target.boxes, matches) for target, matches in matched])
+        positive = (labels > 0)[:, None]
+        unit = boxes.new_tensor([0.0, 0.0, 1.0, 1.0])  # box and target where there is no object: deltas of zero
+        deltas = box_ops.encode(
+            torch.where(positive, gt_boxes, unit), torch.where(positive, boxes, unit), self.config.delta_weights
+        )
+        return BoxTargets(labels, deltas)
+
+    def loss(self, predictions: BoxPredictions, targets: BoxTargets) -> dict[str, Tensor]:
+        """Losses over the samples, each divided by the number of samples.
+
+        Returns:
+            `loss_classifier`, cross entropy, and `loss_box_reg`, smooth L1 of the deltas of each object's class.
+        """
+        labels = targets.labels
+        num_samples = mean_count((labels >= 0).sum())
+        deltas = predictions.deltas.take_along_dim((labels - 1).clamp(min=0)[:, None, None], 1)[:, 0]
+        distance = F.smooth_l1_loss(deltas, targets.deltas, beta=self.config.smooth_l1_beta, reduction="none")
+        cross_entropy = F.cross_entropy(predictions.logits, labels, ignore_index=-1, reduction="sum")
+        return {
+            "loss_classifier": cross_entropy / num_samples,
+            "loss_box_reg": (distance * (labels > 0)[:, None]).sum() / num_samples,
+        }
+
+    def decode(self, predictions: BoxPredictions, proposals: Proposals, sizes: Tensor) -> PaddedDetections:
+        """The best boxes over all classes, after NMS within each class.
+
+        Args:
+            predictions: from `forward`, R = B * N.
+            proposals: N of each image.
+            sizes: `[B, 2]`, (height, width) of the images before padding.
+        """
+        config = self.config
+        batch, num_proposals = proposals.boxes.shape[:2]
+        classes = predictions.deltas.shape[1]
+        scores = predictions.logits.softmax(1)[:, 1:].reshape(batch, num_proposals, classes)
+        boxes = box_ops.decode(
+            predictions.deltas.unflatten(0, (batch, num_proposals)),
+            proposals.boxes[:, :, None].expand(-1, -1, classes, 4),
+            config.delta_weights,
+        )
+        boxes = box_ops.clip(boxes, sizes[:, None, None])
+        too_small = (boxes[..., 2:] - boxes[..., :2]).amin(-1) < config.min_box_size
+        empty = torch.arange(num_proposals, device=boxes.device) >= proposals.counts[:, None]
+        scores = scores.masked_fill(too_small | empty[..., None], 0.0).flatten(1)
+        boxes = boxes.flatten(1, 2)
+        labels = torch.arange(1, classes + 1, device=boxes.device).repeat(batch, num_proposals)
+        with mark("NMS"):
+            indices, counts = nms_padded(
+                boxes,
+                scores,
+                config.nms_iou,
+                min(config.detections, scores.shape[1]),
+                classes=labels,
+                score_threshold=config.score_threshold,
+            )
+        empty, indices = indices < 0, indices.clamp(min=0)
+        return PaddedDetections(
+            boxes=boxes.take_along_dim(indices[..., None], 1).masked_fill(empty[..., None], 0.0),
+            scores=scores.gather(1, indices).masked_fill(empty, 0.0),
+            labels=labels.gather(1, indices).masked_fill(empty, 0),
+            counts=counts,
+        )

@@ -1,0 +1,89 @@
+"""Features of regions, and the only choice between FPN and C4 in the detector.
+
+B images, N boxes of each, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from fastmask import multiscale_roi_align
+from models.config import C4, FPN, ModelConfig, RoIAlign
+from models.marks import mark
+from models.network.fpn import ResNetFPN
+from models.network.layers import initialise
+from models.network.resnet import ResNet, resnet_stage
+
+
+class RoIFeatures(nn.Module):
+    """Pools the features of each region, and applies the layers that come before every head.
+
+    Args:
+        pooling: the pooling layer.
+        strides: image pixels per pixel of each feature map that is pooled from, finest first.
+        pyramid: how boxes are assigned to these feature maps. Without effect if there is only one.
+        res5: applied to the pooled features of each region (figure 4, left); None leaves them as they are.
+        channels: of the result.
+    """
+
+    def __init__(
+        self,
+        pooling: RoIAlign,
+        strides: Sequence[int],
+        *,
+        channels: int,
+        pyramid: FPN | None = None,
+        res5: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.pooling = pooling
+        self.scales = [1 / stride for stride in strides]
+        self.channels = channels
+        self.pyramid = pyramid or FPN()
+        self.res5 = nn.Identity() if res5 is None else res5
+
+    def forward(self, features: Sequence[Tensor], boxes: Tensor | Sequence[Tensor], resolution: int) -> Tensor:
+        """Features of the boxes of a batch.
+
+        Args:
+            features: feature maps of the backbone, finest first. Regions are pooled from the first `len(strides)`.
+            boxes: `[B, N, 4]`, or `[N_b, 4]` of each image, in pixels of the padded images.
+            resolution: bins along each axis.
+
+        Returns:
+            `[R, channels, h, w]`, one image after the other, R = B * N or the sum of N_b. h and w are `resolution`,
+            less where `res5` strides.
+        """
+        with mark("pooling"):
+            regions = multiscale_roi_align(
+                list(features[: len(self.scales)]),
+                list(boxes),
+                resolution,
+                self.scales,
+                self.pooling.sampling_ratio,
+                self.pooling.aligned,
+                canonical_box_size=self.pyramid.canonical_box_size,
+                level_rounding=self.pyramid.level_rounding,
+            )
+        return self.res5(regions)
+
+
+def build_features(config: ModelConfig) -> tuple[ResNet | ResNetFPN, RoIFeatures]:
+    """The backbone, and the features of regions that belong to it.
+
+    The backbone returns a list of feature maps, all of which the RPN reads; its attributes `channels` and `strides`
+    describe them.
+    """
+    match config.features:
+        case FPN() as pyramid:
+            backbone = ResNetFPN(config.backbone, pyramid)
+            levels = backbone.strides[:-1]  # P6 is for the RPN alone
+            return backbone, RoIFeatures(config.pooling, levels, channels=pyramid.channels, pyramid=pyramid)
+        case C4(res5_stride=stride):
+            backbone = ResNet(config.backbone, outputs=(3,))
+            res5 = resnet_stage(config.backbone, 4, stride)
+            initialise(res5)
+            channels = 2 * backbone.channels[0]
+            return backbone, RoIFeatures(config.pooling, backbone.strides, channels=channels, res5=res5)
