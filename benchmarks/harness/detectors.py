@@ -20,7 +20,7 @@ class GraphedMaskRCNN(MaskRCNN):
         super().__init__(config)
         self.graphs: dict[torch.Size, tuple[torch.cuda.CUDAGraph, Tensor, Tensor, PaddedDetections]] = {}
 
-    def _infer(self, images: Tensor, sizes: Tensor, *, compact: bool = False) -> PaddedDetections:
+    def infer(self, images: Tensor, sizes: Tensor, *, compact: bool = False) -> PaddedDetections:
         assert not compact  # it synchronises, which a capture forbids
         if images.shape not in self.graphs:
             self.graphs[images.shape] = self._capture(images.clone(), sizes.clone())
@@ -33,10 +33,10 @@ class GraphedMaskRCNN(MaskRCNN):
     def _capture(self, images: Tensor, sizes: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor, PaddedDetections]:
         # Weights cast to bfloat16 and cached before the capture would be freed while the graph still reads them.
         with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
-            super()._infer(images, sizes)  # compiles kernels, and allocates the workspaces of libraries
+            super().infer(images, sizes)  # compiles kernels, and allocates the workspaces of libraries
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                detections = super()._infer(images, sizes)
+                detections = super().infer(images, sizes)
         return graph, images, sizes, detections
 
 

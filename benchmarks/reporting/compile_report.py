@@ -30,7 +30,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
-from benchmarks.harness.operators import Limit, Operator, operators
+from benchmarks.harness.operators import Backend, Limit, Operator, operators
 from fastmask.kernels._runtime import LAUNCHERS
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "compile_report.md"
@@ -179,7 +179,7 @@ def _measure_amd(binary: CompiledKernel) -> dict[str, int]:
 def measure(architecture: str, declared: Mapping[str, Operator]) -> list[Row]:
     """Compile the declared workloads for one architecture and take every variant's figures."""
     variants = compile_workloads(architecture, declared)
-    backend = TARGETS[architecture].backend
+    backend: Backend = "hip" if TARGETS[architecture].backend == "hip" else "cuda"
     figures = _measure_amd if backend == "hip" else _measure_nvidia
     limits = {kernel: limit for operator in declared.values() for kernel, limit in operator.limits.items()}
     with ThreadPoolExecutor() as pool:  # the disassembler is another process

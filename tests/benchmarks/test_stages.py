@@ -173,6 +173,5 @@ def test_torchvisions_stages_sum_to_the_whole(peer):
 
 
 def test_fastmasks_stages_sum_to_the_whole(peer):
-    pytest.importorskip("models.marks")
     model, images = detectors.fastmask_detector(peer), [detectors.textured_image(320, 320)]
     expect_the_whole(lambda: detections.detect(model, images), [], INFERENCE)

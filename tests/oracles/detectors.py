@@ -114,7 +114,7 @@ def c4_detector(preset: str, size: Sequence[int]) -> MaskRCNN:
     with torch.no_grad():
         features = _settle(model.backbone, x[None])[-1]
         model.rpn.convs[0].conv.weight /= features.std()
-        _settle(model.res5, features)
+        _settle(model.roi_features.res5, features)
     model.eval()
     _sharpen(model.box_head.class_logits, lambda: model.detect([textured_image(320, 320)]))
     return model
