@@ -18,7 +18,7 @@ from benchmarks.harness.machine import Call, peer
 from benchmarks.harness.pooling import DTYPES
 from benchmarks.harness.workloads import ADVERSARIAL, generator, objects
 from benchmarks.reporting.results import OURS
-from fastmask.kernels.paste_masks import paste_masks_reference
+from fastmask.kernels.paste_masks import PasteSpec, paste_masks_reference
 
 SIDE = 28
 IMAGE = (800, 1333)
@@ -44,7 +44,7 @@ def race_torchvision(
     }
     if compiled:
         reference = torch.compile(paste_masks_reference)
-        providers["torch.compile"] = lambda: reference(masks, boxes, *image, 0.5, "torchvision")
+        providers["torch.compile"] = lambda: reference(masks, boxes, PasteSpec(*image, 0.5, "torchvision"))
     _race(race, name, providers, masks, boxes, image, **options)
 
 
