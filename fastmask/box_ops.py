@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastmask.kernels._runtime import overridable
 from fastmask.kernels._validation import (
     check_float,
     check_pair,
@@ -25,6 +26,7 @@ from fastmask.kernels._validation import (
 MAX_LOG_SCALE = math.log(1000 / 16)
 
 
+@overridable
 def encode(boxes: Tensor, anchors: Tensor, weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0)) -> Tensor:
     """Regression targets that turn `anchors` into `boxes` (Girshick et al. 2014, appendix C).
 
@@ -51,6 +53,7 @@ def encode(boxes: Tensor, anchors: Tensor, weights: Sequence[float] = (1.0, 1.0,
     return torch.stack([delta * weight for delta, weight in zip(deltas.unbind(-1), weights, strict=True)], -1)
 
 
+@overridable
 def decode(deltas: Tensor, anchors: Tensor, weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0)) -> Tensor:
     """The inverse of `encode`.
 
@@ -78,6 +81,7 @@ def decode(deltas: Tensor, anchors: Tensor, weights: Sequence[float] = (1.0, 1.0
     return torch.cat([centre - half, centre + half], -1)
 
 
+@overridable
 def clip(boxes: Tensor, image_size: tuple[int, int] | Tensor) -> Tensor:
     """Boxes limited to their image.
 
@@ -107,6 +111,7 @@ def clip(boxes: Tensor, image_size: tuple[int, int] | Tensor) -> Tensor:
     return clipped if boxes.is_floating_point() else clipped.to(boxes.dtype)
 
 
+@overridable
 def area(boxes: Tensor) -> Tensor:
     """Areas `[...]` of boxes `[..., 4]`, in square pixels, as `torchvision.ops.box_area`.
 
@@ -118,6 +123,7 @@ def area(boxes: Tensor) -> Tensor:
     return _area(_upcast(boxes))
 
 
+@overridable
 def iou(boxes: Tensor, others: Tensor) -> Tensor:
     """Intersection over union of all pairs, as `torchvision.ops.box_iou`.
 

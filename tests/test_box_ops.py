@@ -61,6 +61,34 @@ def test_half_precision_boxes_have_float32_areas():
     assert box_ops.iou(box, box).item() == 1
 
 
+class Roundtrip(torch.nn.Module):
+    def forward(self, boxes, anchors):
+        decoded = box_ops.clip(box_ops.decode(box_ops.encode(boxes, anchors), anchors), (40, 60))
+        return box_ops.iou(decoded, anchors) * box_ops.area(anchors)
+
+
+def test_symbolic_tracing_records_each_function():
+    traced = torch.fx.symbolic_trace(Roundtrip())
+    targets = {node.target for node in traced.graph.nodes}
+    assert {box_ops.encode, box_ops.decode, box_ops.clip, box_ops.iou, box_ops.area} <= targets
+    boxes, anchors = draw(7, 10), draw(7, 11)
+    assert torch.equal(traced(boxes, anchors), Roundtrip()(boxes, anchors))
+
+
+def test_compiles_to_one_graph():
+    compiled = torch.compile(Roundtrip(), fullgraph=True, dynamic=True, backend="aot_eager")
+    for n in (7, 9):
+        boxes, anchors = draw(n, 10), draw(n, 11)
+        torch.testing.assert_close(compiled(boxes, anchors), Roundtrip()(boxes, anchors))
+
+
+def test_any_default_device():
+    boxes, anchors = draw(7, 10), draw(7, 11)
+    expected = Roundtrip()(boxes, anchors)
+    with torch.device("meta"):
+        assert torch.equal(Roundtrip()(boxes, anchors), expected)
+
+
 SIGNED = [torch.int16, torch.int32, torch.int64]
 INTEGERS = [torch.uint8, torch.int8, torch.uint16, torch.uint32, torch.uint64, *SIGNED]
 

@@ -314,6 +314,47 @@ def test_padded_runs_on_fake_tensors(device):
     assert indices.device.type == count.device.type == torch.device(device).type
 
 
+@pytest.mark.parametrize("shape", [(0,), (0, 4), (5, 0), (0, 0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
+def test_batched_nms_of_no_elements_is_empty(shape, dtype, device):
+    boxes = torch.empty(shape, dtype=dtype, device=device)
+    scores = torch.empty(shape[0], device=device)
+    arguments = boxes, scores, scores.long(), 0.5
+    expected, actual = torchvision.ops.batched_nms(*arguments), batched_nms(*arguments)
+    assert (actual.shape, actual.dtype, actual.device) == (expected.shape, torch.int64, expected.device)
+
+
+@pytest.mark.usefixtures("algorithm")
+def test_any_default_device(device):
+    boxes, scores = (t.to(device) for t in draw(150, 13))
+    classes, counts = torch.arange(150, device=device) % 3, torch.tensor([120], device=device)
+
+    def everything():
+        padded = nms_padded(boxes[None], scores[None], 0.4, 40, classes=classes[None], counts=counts)
+        return nms(boxes, scores, 0.4), batched_nms(boxes, scores, classes, 0.4), *padded
+
+    expected = everything()
+    with torch.device("meta"):
+        actual = everything()
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+class Suppress(torch.nn.Module):
+    def forward(self, boxes, scores, classes):
+        indices, count = nms_padded(boxes[None], scores[None], 0.4, max_output=9, classes=classes[None])
+        return nms(boxes, scores, 0.4), batched_nms(boxes, scores, classes, iou_threshold=0.4), indices, count
+
+
+def test_symbolic_tracing_records_the_public_functions(device):
+    traced = torch.fx.symbolic_trace(Suppress())
+    targets = {node.target for node in traced.graph.nodes if node.op == "call_function"}
+    assert {nms, batched_nms, nms_padded} <= targets
+    boxes, scores = (t.to(device) for t in draw(70, 14))
+    arguments = boxes, scores, torch.arange(70, device=device) % 3
+    for actual, expected in zip(traced(*arguments), Suppress()(*arguments), strict=True):
+        assert torch.equal(actual, expected)
+
+
 B1, S1 = torch.rand(5, 4), torch.rand(5)
 B2, S2 = torch.rand(2, 5, 4), torch.rand(2, 5)
 
@@ -341,6 +382,20 @@ B2, S2 = torch.rand(2, 5, 4), torch.rand(2, 5)
         (ValueError, r"iou_threshold: expected in \[0, 1\], got -0.1", lambda: nms_padded(B2, S2, -0.1, 1)),
         (ValueError, r"iou_threshold: expected in \[0, 1\], got nan", lambda: nms_padded(B2, S2, NAN, 1)),
         (ValueError, "max_output: expected at least 0, got -1", lambda: nms_padded(B2, S2, 0.5, -1)),
+        (ValueError, "max_output: expected an int in .*, got 2147483648", lambda: nms_padded(B2, S2, 0.5, 2**31)),
+        (TypeError, r"max_output: expected an int, got 2\.5", lambda: nms_padded(B2, S2, 0.5, 2.5)),
+        (TypeError, "boxes: expected a Tensor, got \\[\\[", lambda: nms(B1.tolist(), S1, 0.5)),
+        (TypeError, "scores: expected a Tensor, got array", lambda: nms(B1, S1.numpy(), 0.5)),
+        (TypeError, "boxes: expected a dense tensor, got torch.sparse_coo", lambda: nms(B1.to_sparse(), S1, 0.5)),
+        (TypeError, "scores: expected a floating dtype of 16 bits", lambda: nms(B1, S1.to(torch.float8_e5m2), 0.5)),
+        (TypeError, "idxs: expected a Tensor, got None", lambda: batched_nms(B1, S1, None, 0.5)),
+        (TypeError, "idxs: expected a dtype of real", lambda: batched_nms(B1, S1, S1.to(torch.complex64), 0.5)),
+        (TypeError, "iou_threshold: expected a number, got None", lambda: nms(B1, S1, None)),
+        (TypeError, "iou_threshold: expected a number, got '0.5'", lambda: batched_nms(B1, S1, S1, "0.5")),
+        (ValueError, "iou_threshold: expected a number within", lambda: nms(B1, S1, 10**400)),
+        (TypeError, "score_threshold: expected a number", lambda: nms_padded(B2, S2, 0.5, 1, score_threshold="0")),
+        (TypeError, "counts: expected a signed", lambda: nms_padded(B2, S2, 0.5, 1, counts=S2[:, 0].to(torch.uint16))),
+        (ValueError, "boxes: expected a tensor with data", lambda: nms(B1.to("meta"), S1.to("meta"), 0.5)),
     ],
 )
 def test_bad_arguments_are_named(error, named, call):

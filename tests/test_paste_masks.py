@@ -253,6 +253,27 @@ def test_has_no_gradient(device):
     assert not paste_masks(masks, boxes, (9, 13), None).requires_grad
 
 
+@both
+@pytest.mark.parametrize("threshold", [0.5, None])
+def test_any_default_device(device, convention, threshold):
+    arguments = *(t.to(device) for t in draw_masks(2, 7, 9, 13)), (9, 13), threshold
+    expected = paste_masks(*arguments, convention=convention)
+    with torch.device("meta"):
+        assert torch.equal(paste_masks(*arguments, convention=convention), expected)
+
+
+class Paste(torch.nn.Module):
+    def forward(self, masks, boxes):
+        return paste_masks(masks.sigmoid(), boxes, (9, 13), convention="torchvision")
+
+
+def test_symbolic_tracing_records_the_public_function(device):
+    traced = torch.fx.symbolic_trace(Paste())
+    assert paste_masks in {node.target for node in traced.graph.nodes}
+    arguments = [t.to(device) for t in draw_masks(2, 7, 9, 13)]
+    assert torch.equal(traced(*arguments), Paste()(*arguments))
+
+
 MASKS, BOXES = torch.rand(2, 4, 4), torch.rand(2, 4)
 
 
@@ -273,6 +294,14 @@ MASKS, BOXES = torch.rand(2, 4, 4), torch.rand(2, 4)
         (ValueError, "threshold: expected.*-0.1", (MASKS, BOXES, (5, 5), -0.1), {}),
         (ValueError, "threshold: expected.*nan", (MASKS, BOXES, (5, 5), NAN), {}),
         (ValueError, "convention: expected.*'caffe'", (MASKS, BOXES, (5, 5)), {"convention": "caffe"}),
+        (TypeError, "convention: expected.*None", (MASKS, BOXES, (5, 5)), {"convention": None}),
+        (TypeError, "image_size: expected two ints, got 7", (MASKS, BOXES, 7), {}),
+        (TypeError, r"image_size: expected an int, got 1\.5", (MASKS, BOXES, (1.5, 2)), {}),
+        (ValueError, r"image_size: expected two ints, got \(3, 4, 5\)", (MASKS, BOXES, (3, 4, 5)), {}),
+        (TypeError, "threshold: expected a number, got 'half'", (MASKS, BOXES, (5, 5), "half"), {}),
+        (TypeError, "masks: expected a Tensor, got array", (MASKS.numpy(), BOXES, (5, 5)), {}),
+        (TypeError, "boxes: expected a Tensor, got None", (MASKS, None, (5, 5)), {}),
+        (TypeError, "masks: expected a dense tensor", (MASKS.to_sparse(), BOXES, (5, 5)), {}),
     ],
 )
 def test_bad_arguments_are_named(error, message, arguments, options):

@@ -116,7 +116,7 @@ def check_sequence(name: str, value: Any, of: str) -> list[Any]:
 def describe(value: object) -> str:
     """A value for an error: a tensor's dtype and shape, anything else as it prints, shortened."""
     if isinstance(value, Tensor):
-        return f"a Tensor of {value.dtype} {list(value.shape)}"
+        return "a nested Tensor" if value.is_nested else f"a Tensor of {value.dtype} {list(value.shape)}"
     text = repr(value)
     text = text if len(text) <= 60 else f"{text[:57]}..."
     return f"{text} ({type(value).__name__})"

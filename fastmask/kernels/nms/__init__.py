@@ -128,7 +128,7 @@ def nms_padded(
         iou_threshold: in [0, 1]; a box is dropped if its IoU with a kept one exceeds this.
         max_output: the largest number of results per segment; the best are kept.
         classes: `[B, N]`, integer, boolean or floating; a box can only suppress boxes of its class.
-        counts: `[B]`, integer; the first `counts[b]` boxes of segment b, clamped to [0, N], take part.
+        counts: `[B]`, signed integers or uint8; the first `counts[b]` boxes of segment b, clamped to [0, N], take part.
         score_threshold: only boxes with a score above this take part.
 
     Returns:
@@ -146,6 +146,8 @@ def nms_padded(
         classes = classes.detach()
     if counts is not None:
         check_tensor("counts", counts, integer=True)
+        if counts.dtype in (torch.uint16, torch.uint32, torch.uint64):  # PyTorch compares these with no other dtype
+            raise TypeError(f"counts: expected a signed integer dtype or uint8, got {counts.dtype}")
         _check_matches_boxes("counts", counts, boxes, boxes.shape[:1])
     spec = NMSSpec(
         iou_threshold=check_fraction("iou_threshold", iou_threshold),
