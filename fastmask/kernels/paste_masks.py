@@ -163,17 +163,17 @@ def _paste_masks_kernel(
     COMPUTE: tl.constexpr,
 ):
     # Tiles are aligned runs of the output in memory order. A program fills up to TILES of the tiles that overlap
-    # one mask. The first and the last of a mask are shared with its neighbours: it writes only its own part.
+    # one mask. The first and the last of a mask are shared with its neighbours, and only the mask's part is written.
     element = out.dtype.element_ty
     word_type = tl.uint64 if BITS == 64 else tl.uint32
-    per_word: tl.constexpr = (BITS + 31) // BITS
-    tile_size: tl.constexpr = WORDS * per_word
+    PER_WORD: tl.constexpr = (BITS + 31) // BITS
+    TILE_SIZE: tl.constexpr = WORDS * PER_WORD
 
     n = tl.program_id(0) // programs_per_mask
     pixels = height * width
     begin = n.to(tl.int64) * pixels
-    tile = begin // tile_size + (tl.program_id(0) - n * programs_per_mask) * TILES
-    last_tile = tl.minimum(tile + TILES, (begin + pixels - 1) // tile_size + 1)
+    tile = begin // TILE_SIZE + (tl.program_id(0) - n * programs_per_mask) * TILES
+    last_tile = tl.minimum(tile + TILES, (begin + pixels - 1) // TILE_SIZE + 1)
 
     box = boxes + n.to(tl.int64) * 4
     x1, y1, x2, y2 = tl.load(box), tl.load(box + 1), tl.load(box + 2), tl.load(box + 3)
@@ -185,14 +185,14 @@ def _paste_masks_kernel(
     unreached = ((threshold <= 0) & (not PROBABILITIES)).to(word_type)
 
     while tile < last_tile:
-        base = tile * tile_size
+        base = tile * TILE_SIZE
         offset = (base - begin).to(tl.int32)
-        index = offset + tl.arange(0, WORDS) * per_word
+        index = offset + tl.arange(0, WORDS) * PER_WORD
         words = tl.full((WORDS,), unreached * 0x01010101, word_type)
-        if (offset + tile_size > top * width + left) & (offset < bottom * width):
+        if (offset + TILE_SIZE > top * width + left) & (offset < bottom * width):
             # The rows whose part of the box begins before the tile's end, and ends beyond its start.
             y = tl.maximum(top, (offset + width - right) // width)
-            end = tl.minimum(bottom, (offset + tile_size - 1 - left) // width + 1)
+            end = tl.minimum(bottom, (offset + TILE_SIZE - 1 - left) // width + 1)
             while y < end:
                 v = tl.fma(y.to(COMPUTE) + 0.5 - y_start, y_scale, -0.5 - PADDING)
                 v = tl.minimum(tl.maximum(v, -1.0), M)  # no mask pixel lies beyond either
@@ -203,7 +203,7 @@ def _paste_masks_kernel(
                 lower_row = mask + tl.minimum(r + 1, M - 1).to(tl.int32) * M
                 x = index - y * width
                 # One element of every word at a time: all 16 of a thread at once take 170 registers.
-                for i in range(per_word):
+                for i in range(PER_WORD):
                     u = tl.fma(x.to(COMPUTE) + 0.5 - x_start, x_scale, -0.5 - PADDING)
                     u = tl.minimum(tl.maximum(u, -1.0), M)
                     floor = tl.floor(u)
@@ -222,12 +222,12 @@ def _paste_masks_kernel(
                     words ^= tl.where((x >= left) & (x < right), result, 0) << (i * BITS)
                     x += 1
                 y += 1
-        if (offset >= 0) & (offset + tile_size <= pixels):  # unmasked, so a thread stores 16 bytes at once
+        if (offset >= 0) & (offset + TILE_SIZE <= pixels):  # unmasked, so a thread stores 16 bytes at once
             tl.store((out + base).to(tl.pointer_type(word_type)) + tl.arange(0, WORDS), words)
         else:
-            for i in range(per_word):
-                own = (index + i >= 0) & (index + i < pixels)
-                tl.store(out + begin + index + i, (words >> (i * BITS)).to(element), mask=own)
+            for i in range(PER_WORD):
+                in_mask = (index + i >= 0) & (index + i < pixels)
+                tl.store(out + begin + index + i, (words >> (i * BITS)).to(element), mask=in_mask)
         tile += 1
 
 

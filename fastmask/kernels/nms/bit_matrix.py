@@ -4,7 +4,8 @@ For each chunk, three launches:
 
 1. `suppression_bits_kernel` computes the bits "row suppresses column" of the chunk, on the whole device.
 2. `scan_bits_kernel` resolves them, one program per segment.
-3. `suppress_later_kernel` tests the boxes of later chunks against those that the chunk kept; the last chunk has none.
+3. `suppress_later_kernel` tests the boxes of later chunks against those that the chunk kept, except
+   after the last chunk.
 
 Up to `MAX_CHUNK_ROWS` boxes these are two launches. Beyond, the bits of 200,000 boxes take 2 MB, where those of an
 N x N matrix would take 5 GB.
@@ -38,7 +39,7 @@ def suppression_bits_kernel(
     bits,  # [B, 64 * WORDS, WORDS] int64: bit j of word w in row i: i suppresses 64 * w + j
     num_boxes,
     max_output,
-    first,  # box of the chunk, among the sorted boxes
+    first,  # position of the chunk among the sorted boxes
     threshold_bits,
     WORDS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -136,11 +137,11 @@ def suppress_later_kernel(
     indices,  # [B, max_output]
     count_before,  # [B]
     count,  # [B]
-    removed,  # [B, N] uint8
+    removed,  # [B, N] uint8, set here
     num_boxes,
     max_output,
     blocks,  # of ROWS boxes, in a segment from `first` on
-    first,  # box of the next chunk
+    first,  # position of the next chunk
     threshold_bits,
     ROWS: tl.constexpr,
     STEP: tl.constexpr,
@@ -178,7 +179,7 @@ def launch_bit_matrix(candidates: Candidates, iou_threshold: float, indices: Ten
     (batch, num_boxes), max_output = candidates.order.shape, indices.shape[1]
     dtype, device = candidates.boxes.dtype, indices.device
     bits_of_threshold = threshold_bits(iou_threshold, dtype)
-    exact = {"COMPUTE": triton_dtype(dtype), "enable_fp_fusion": False}
+    arithmetic = {"COMPUTE": triton_dtype(dtype), "enable_fp_fusion": False}
     chunk = _chunk_rows(batch, num_boxes)
     rows, words = min(128, chunk), chunk // 64
 
@@ -197,7 +198,7 @@ def launch_bit_matrix(candidates: Candidates, iou_threshold: float, indices: Ten
             bits_of_threshold,
             WORDS=words,
             ROWS=rows,
-            **exact,
+            **arithmetic,
         )
         scan_bits_kernel[(batch,)](
             bits,
@@ -229,5 +230,5 @@ def launch_bit_matrix(candidates: Candidates, iou_threshold: float, indices: Ten
                 bits_of_threshold,
                 ROWS=64,  # 40 registers, against 103 with 16 columns a step
                 STEP=4,
-                **exact,
+                **arithmetic,
             )
