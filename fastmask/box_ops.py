@@ -25,6 +25,8 @@ from fastmask.kernels._validation import (
 # A predicted side is at most 1000 / 16 times its anchor's, so that `exp` cannot overflow; training stays far below.
 MAX_LOG_SCALE = math.log(1000 / 16)
 
+MAX_FLOAT16 = 65504  # `clamp` takes no limit beyond the range of its tensor
+
 
 @overridable
 def encode(boxes: Tensor, anchors: Tensor, weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0)) -> Tensor:
@@ -105,7 +107,9 @@ def clip(boxes: Tensor, image_size: tuple[int, int] | Tensor) -> Tensor:
         height, width = image_size[..., :1], image_size[..., 1:]
     else:
         height, width = check_pair("image_size", image_size, least=0)
-    corners = _upcast_integers(boxes)  # `clamp` takes no limit beyond the dtype's range
+        if boxes.dtype == torch.float16:
+            height, width = min(height, MAX_FLOAT16), min(width, MAX_FLOAT16)
+    corners = _upcast_integers(boxes)
     x, y = corners[..., ::2].clamp(min=0).clamp(max=width), corners[..., 1::2].clamp(min=0).clamp(max=height)
     clipped = torch.stack([x, y], -1).flatten(-2)
     return clipped if boxes.is_floating_point() else clipped.to(boxes.dtype)

@@ -55,6 +55,11 @@ def test_clip_to_images_of_different_sizes():
         box_ops.clip(boxes, torch.zeros(3))
 
 
+def test_half_precision_boxes_are_clipped_to_images_beyond_their_range():
+    box = torch.tensor([[-1, 5, 60_000, 9.0]], dtype=torch.float16)
+    assert torch.equal(box_ops.clip(box, (8, 70_000)), torch.tensor([[0, 5, 60_000, 8.0]], dtype=torch.float16))
+
+
 def test_half_precision_boxes_have_float32_areas():
     box = torch.tensor([[0, 0, 600, 600.0]], dtype=torch.float16)
     assert box_ops.area(box).item() == 360_000  # beyond float16
