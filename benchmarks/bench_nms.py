@@ -7,7 +7,9 @@ boxes of a class that are kept must have been compared, and each box that is dro
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Unpack
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ import torchvision
 from torch import Tensor
 
 import fastmask
+from benchmarks.harness import operators
 from benchmarks.harness.checks import parameters
 from benchmarks.harness.comparison import CaseOptions, Comparison, Work
 from benchmarks.harness.machine import PEERS, peer
@@ -22,7 +25,9 @@ from benchmarks.harness.pooling import torchvision_provider
 from benchmarks.harness.timing import Implementation
 from benchmarks.harness.workloads import ADVERSARIAL, DTYPES, candidates, disjoint, generator
 from benchmarks.reporting.results import FASTMASK
+from fastmask.kernels.nms import bit_matrix, forward
 from fastmask.kernels.nms.reference import nms_reference
+from tests.oracles.nms import assert_same_indices, greedy_nms_padded
 
 IOU_FLOPS = 13  # 4 extrema, 2 differences, 2 clamps, 3 for the union, a product, a comparison
 LEVELS = 5  # P2 to P6
@@ -185,3 +190,68 @@ def bench_adversarial(comparison, boxes):
 def bench_boxes(comparison, count):
     boxes, scores = candidates(count)
     compare_one_list(comparison, f"{count:,} boxes", boxes, scores, kind="scaling", axis="boxes", at=count)
+
+
+def _calls(device: str, seed: int) -> list[operators.Call]:
+    """Few and many results, of one list and of two padded ones."""
+    drawn = [tuple(tensor[:40] for tensor in candidates(300, seed=seed + i)) for i in range(2)]
+    boxes, scores = (torch.stack(tensors).to(device) for tensors in zip(*drawn, strict=True))
+    classes = torch.randint(0, 3, scores.shape, generator=generator(seed)).to(device)
+    one = {"boxes": boxes[0], "scores": scores[0], "iou_threshold": 0.5}
+    padded = {"boxes": boxes, "scores": scores, "iou_threshold": 0.5}
+    options = {"classes": classes, "counts": torch.tensor([40, 25], device=device), "score_threshold": 0.02}
+    return [
+        operators.Call(fastmask.nms, one, dynamic=True),
+        operators.Call(fastmask.batched_nms, one | {"idxs": classes[0]}, dynamic=True),
+        operators.Call(fastmask.nms_padded, padded | {"max_output": 8}),
+        operators.Call(fastmask.nms_padded, padded | options | {"max_output": 8}),
+        operators.Call(fastmask.nms_padded, padded | options | {"max_output": forward.MAX_SINGLE_LAUNCH_OUTPUT + 1}),
+    ]
+
+
+def _compile_case(segments: int, boxes: int, max_output: int, score_threshold: float | None = None) -> operators.Call:
+    """Proposals of several levels, padded, or one list; or detections by class, above a score."""
+    meta, arguments = operators.meta, {"iou_threshold": 0.5, "max_output": max_output}
+    classes = None if score_threshold is None else meta(segments, boxes, dtype=torch.int64)
+    counts = meta(segments, dtype=torch.int64) if segments > 1 else None
+    tensors = {"boxes": meta(segments, boxes, 4), "scores": meta(segments, boxes), "classes": classes, "counts": counts}
+    return operators.Call(fastmask.nms_padded, tensors | arguments | {"score_threshold": score_threshold})
+
+
+def _check_random(draw: operators.Draw, device: str) -> None:
+    batch, n, max_output = draw.integer(1, 3), draw.integer(1, 140), draw.integer(0, 50)
+    threshold, single_launch = draw.number(0, 1), draw.choice([False, True])
+    g = generator(draw.integer(0, 1000))
+    corner = torch.randint(-6, 6, (batch, n, 2), generator=g)  # coarse, so that IoUs and areas repeat
+    boxes = torch.cat([corner, corner + torch.randint(-1, 8, (batch, n, 2), generator=g)], 2).float()
+    scores = torch.randint(0, 20, (batch, n), generator=g) / 10
+    classes = torch.randint(0, 3, (batch, n), generator=g)
+    counts = torch.randint(0, n + 2, (batch,), generator=g)
+    expected = greedy_nms_padded(boxes, scores, threshold, max_output, classes, counts, score_threshold=0.2)
+    boxes, scores, classes, counts = (tensor.to(device) for tensor in (boxes, scores, classes, counts))
+    with (
+        patch.object(forward, "MAX_SINGLE_LAUNCH_OUTPUT", 50 if single_launch else -1),
+        patch.object(bit_matrix, "MAX_CHUNK_ROWS", 64),
+    ):
+        actual = fastmask.nms_padded(
+            boxes, scores, threshold, max_output, classes=classes, counts=counts, score_threshold=0.2
+        )
+    assert_same_indices(actual, expected)
+
+
+OPERATOR = operators.Operator(
+    calls=_calls,
+    compile_cases={
+        "NMS of 5x1000": partial(_compile_case, 5, 1000, 1000),
+        "NMS of 5x2000": partial(_compile_case, 5, 2000, 2000),
+        "NMS of 10000": partial(_compile_case, 1, 10000, 10000),
+        "NMS of 80000 by class, 100 kept": partial(_compile_case, 1, 80000, 100, 0.05),
+    },
+    limits={
+        "scan_bits_kernel": {"cuda": operators.Limit(112), "hip": operators.Limit(64)},
+        "scan_boxes_kernel": {"cuda": operators.Limit(128), "hip": operators.Limit(80)},
+        "suppress_later_kernel": {"cuda": operators.Limit(40), "hip": operators.Limit(24)},
+        "suppression_bits_kernel": {"cuda": operators.Limit(32), "hip": operators.Limit(24)},
+    },
+    check_random=_check_random,
+)

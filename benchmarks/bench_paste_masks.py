@@ -6,6 +6,7 @@ neighbours of each pixel inside a box.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Unpack
 
 import pytest
@@ -15,13 +16,15 @@ from torch import Tensor
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 import fastmask
+from benchmarks.harness import operators
 from benchmarks.harness.checks import parameters
 from benchmarks.harness.comparison import CaseOptions, Comparison
 from benchmarks.harness.machine import peer
 from benchmarks.harness.timing import Implementation
 from benchmarks.harness.workloads import ADVERSARIAL, DTYPES, generator, objects
 from benchmarks.reporting.results import FASTMASK
-from fastmask.kernels.paste_masks import paste_masks_reference
+from fastmask.kernels.paste_masks import CONVENTIONS, PasteSpec, paste_masks_reference
+from tests.oracles.paste_masks import ORACLES, assert_probabilities, draw_masks
 
 SIDE = 28
 IMAGE = (800, 1333)
@@ -80,7 +83,7 @@ def compare_aligned(comparison: Comparison, name: str, boxes: Tensor) -> None:
 def compiled_reference(masks: Tensor, boxes: Tensor, image: tuple[int, int]) -> Implementation:
     """torch.compile of fastmask's reference, in torchvision's convention."""
     reference = torch.compile(paste_masks_reference)
-    return lambda: reference(masks, boxes, *image, 0.5, "torchvision")
+    return lambda: reference(masks, boxes, PasteSpec(*image, 0.5, "torchvision"))
 
 
 def _masks(comparison: Comparison, count: int, dtype: str) -> Tensor:
@@ -165,3 +168,44 @@ def bench_image_size(comparison, scale):
     height, width = image = (round(scale * IMAGE[0]), round(scale * IMAGE[1]))
     options: CaseOptions = {"kind": "scaling", "axis": "image, megapixels", "at": height * width / 1e6}
     compare_with_torchvision(comparison, f"20 masks to {height} x {width}", _objects(20, image), image, **options)
+
+
+def _calls(device: str, seed: int) -> list[operators.Call]:
+    """Masks and probabilities, by both conventions."""
+    masks, boxes = (tensor.to(device) for tensor in draw_masks(2, 7, 20, 30, seed))
+    arguments = {"masks": masks, "boxes": boxes, "image_size": (20, 30)}
+    return [
+        operators.Call(fastmask.paste_masks, arguments | {"threshold": threshold, "convention": convention})
+        for convention in CONVENTIONS
+        for threshold in (0.5, None)
+    ]
+
+
+def _compile_case(threshold: float | None, convention: str) -> operators.Call:
+    tensors = {"masks": operators.meta(100, SIDE, SIDE), "boxes": operators.meta(100, 4)}
+    options = {"image_size": IMAGE, "threshold": threshold, "convention": convention}
+    return operators.Call(fastmask.paste_masks, tensors | options)
+
+
+def _check_random(draw: operators.Draw, device: str) -> None:
+    convention = draw.choice(CONVENTIONS)
+    n, m, height, width = draw.integer(0, 3), draw.integer(1, 30), draw.integer(1, 30), draw.integer(1, 50)
+    masks, boxes = (tensor[:n] for tensor in draw_masks(max(n, 1), m, height, width, draw.integer(0, 10**6)))
+    exact = ORACLES[convention](masks, boxes, height, width)
+    arguments = masks.to(device), boxes.to(device), (height, width), None
+    assert_probabilities(fastmask.paste_masks(*arguments, convention=convention), exact, m)
+
+
+OPERATOR = operators.Operator(
+    calls=_calls,
+    compile_cases={
+        "100 masks 28x28, aligned, bool": partial(_compile_case, 0.5, "aligned"),
+        "100 masks 28x28, torchvision, bool": partial(_compile_case, 0.5, "torchvision"),
+        "100 masks 28x28, aligned, probabilities": partial(_compile_case, None, "aligned"),
+        "100 masks 28x28, torchvision, probabilities": partial(_compile_case, None, "torchvision"),
+    },
+    limits={
+        "_paste_masks_kernel": {"cuda": operators.Limit(80, wide_stores=True), "hip": operators.Limit(56)},
+    },
+    check_random=_check_random,
+)

@@ -1,6 +1,6 @@
 """Triton kernels for two-stage detectors, behind drop-in PyTorch operators."""
 
-from fastmask import box_ops as boxes
+from fastmask import box_ops
 from fastmask.kernels.nms import batched_nms, nms, nms_padded
 from fastmask.kernels.paste_masks import paste_masks
 from fastmask.kernels.roi_align import multiscale_roi_align, roi_align
@@ -15,7 +15,7 @@ __all__ = [
     "RoIPool",
     "RoIWarp",
     "batched_nms",
-    "boxes",
+    "box_ops",
     "multiscale_roi_align",
     "nms",
     "nms_padded",

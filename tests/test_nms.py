@@ -1,13 +1,13 @@
-"""nms, batched_nms, nms_padded: torchvision, a greedy loop, hand cases, both ways of scanning, bad calls."""
+"""nms, batched_nms, nms_padded: torchvision, a greedy loop, hand cases, both algorithms, bad calls."""
 
 import pytest
 import torch
 import torchvision
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastmask.kernels import nms as module
-from fastmask.kernels.nms import batched_nms, nms, nms_padded
+from fastmask.kernels.nms import batched_nms, bit_matrix, forward, nms, nms_padded
 from fastmask.kernels.nms import reference as nms_reference
+from tests.oracles.nms import assert_same_indices, greedy_nms, greedy_nms_padded
 
 NAN, INF = float("nan"), float("inf")
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -16,11 +16,11 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 
 
-@pytest.fixture(params=["few", "chunks"])
-def way(request, monkeypatch):
-    """Both ways of scanning on the accelerator, whatever the size of the output; chunks of two blocks."""
-    monkeypatch.setattr(module, "FEW", 1 << 30 if request.param == "few" else 0)
-    monkeypatch.setattr(module, "CHUNK", 128)
+@pytest.fixture(params=["scan", "bit_matrix"])
+def algorithm(request, monkeypatch):
+    """Both algorithms of the accelerator, whatever the size of the output; chunks of two blocks."""
+    monkeypatch.setattr(forward, "MAX_SINGLE_LAUNCH_OUTPUT", 1 << 30 if request.param == "scan" else 0)
+    monkeypatch.setattr(bit_matrix, "MAX_CHUNK_ROWS", 128)
 
 
 def draw(n, seed, spread=60.0, kind="random"):
@@ -42,56 +42,14 @@ def draw(n, seed, spread=60.0, kind="random"):
     return torch.cat([centre - size / 2, centre + size / 2], 1), scores
 
 
-def greedy(boxes, scores, threshold, classes=None):
-    """Indices of the kept boxes: one box after the other, in the boxes' precision, torchvision's order."""
-    boxes = boxes.cpu().to(torch.promote_types(boxes.dtype, torch.float32))
-    x1, y1, x2, y2 = boxes.unbind(1)
-    area = (x2 - x1) * (y2 - y1)
-    scores = scores.tolist()
-    waiting = torch.tensor(sorted(range(len(boxes)), key=lambda i: (scores[i] == scores[i], -scores[i])))
-    kept = []
-    while len(waiting):
-        i, waiting = waiting[0].item(), waiting[1:]
-        kept.append(i)
-        width = (x2.minimum(x2[i]) - x1.maximum(x1[i])).clamp(min=0)
-        height = (y2.minimum(y2[i]) - y1.maximum(y1[i])).clamp(min=0)
-        iou = width * height / (area[i] + area - width * height)
-        hit = (iou.double() > threshold) & (classes == classes[i] if classes is not None else True)
-        waiting = waiting[~hit[waiting]]
-    return torch.tensor(kept, dtype=torch.int64)
-
-
-def padded_oracle(boxes, scores, threshold, max_output, classes=None, counts=None, score_threshold=None):
-    indices = torch.full((len(boxes), max_output), -1)
-    found = torch.zeros(len(boxes), dtype=torch.int64)
-    for b in range(len(boxes)):
-        part = torch.ones(scores.shape[1], dtype=torch.bool)
-        if counts is not None:
-            part[max(int(counts[b]), 0) :] = False
-        if score_threshold is not None:
-            part &= scores[b] > score_threshold
-        (part,) = part.nonzero(as_tuple=True)
-        of_part = classes[b, part] if classes is not None else None
-        kept = part[greedy(boxes[b, part], scores[b, part], threshold, of_part)][:max_output]
-        found[b] = len(kept)
-        indices[b, : len(kept)] = kept
-    return indices, found
-
-
-def assert_same(actual, expected):
-    for a, e in zip(actual, expected, strict=True):
-        assert a.dtype == torch.int64
-        assert torch.equal(a.cpu(), e)
-
-
-@pytest.mark.usefixtures("way")
+@pytest.mark.usefixtures("algorithm")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("n", "threshold"), [(1, 0.5), (64, 0.5), (150, 0.0), (150, 0.4), (301, 0.7), (65, 1.0)])
 def test_matches_torchvision(n, threshold, dtype, device):
     boxes, scores = (t.to(dtype) for t in draw(n, n))
     expected = torchvision.ops.nms(boxes, scores, threshold)
     assert torch.equal(nms(boxes.to(device), scores.to(device), threshold).cpu(), expected)
-    assert torch.equal(greedy(boxes, scores, threshold), expected)
+    assert torch.equal(greedy_nms(boxes, scores, threshold), expected)
 
 
 @pytest.mark.reference_only
@@ -100,14 +58,14 @@ def test_matches_torchvision(n, threshold, dtype, device):
 def test_thousands_match_torchvision(kind, threshold, device):
     boxes, scores = draw(3000, 0, spread=300.0, kind=kind)
     classes = torch.arange(3000) % 7 % 3
-    of_class = torchvision.ops.boxes._batched_nms_vanilla(boxes, scores.argsort().float(), classes, threshold)
+    expected_by_class = torchvision.ops.boxes._batched_nms_vanilla(boxes, scores.argsort().float(), classes, threshold)
     boxes, scores, classes = boxes.to(device), scores.to(device), classes.to(device)
     expected = torchvision.ops.nms(boxes.cpu(), scores.cpu(), threshold)
     assert torch.equal(nms(boxes, scores, threshold).cpu(), expected)
-    assert torch.equal(batched_nms(boxes, scores.argsort().float(), classes, threshold).cpu(), of_class)
+    assert torch.equal(batched_nms(boxes, scores.argsort().float(), classes, threshold).cpu(), expected_by_class)
 
 
-@pytest.mark.usefixtures("way")
+@pytest.mark.usefixtures("algorithm")
 @pytest.mark.parametrize("shift", [1e-5, -1e-5])
 @pytest.mark.parametrize("threshold", [0.25, 0.5, 0.75])
 def test_suppresses_strictly_above_the_threshold(threshold, shift, device):
@@ -117,7 +75,7 @@ def test_suppresses_strictly_above_the_threshold(threshold, shift, device):
     assert len(nms(boxes, scores, threshold + shift)) == (2 if shift > 0 else 1)
 
 
-@pytest.mark.usefixtures("way")
+@pytest.mark.usefixtures("algorithm")
 @pytest.mark.parametrize("threshold", [0.1, 0.3, 0.6, 0.7, 0.9, 1 / 3])
 def test_the_threshold_is_a_float64(threshold, device):
     """IoU rounded to float32 is compared with a float64, which float32 would round either way."""
@@ -129,14 +87,14 @@ def test_the_threshold_is_a_float64(threshold, device):
 
 @pytest.mark.reference_only
 @pytest.mark.parametrize("value", [0.0, 0.1, 0.5, 0.7, 1.0, -0.1, -1e-60, 1e-60, 1e300, -1e300, INF, -INF])
-def test_float32_at_most(value):
-    below = torch.tensor(nms_reference.float32_at_most(value))
+def test_round_down_float32(value):
+    below = torch.tensor(nms_reference.round_down_float32(value))
     assert below.item() <= value
     assert below.dtype == torch.float32
     assert value == INF or torch.nextafter(below, torch.tensor(INF)).item() > value
 
 
-@pytest.mark.usefixtures("way")
+@pytest.mark.usefixtures("algorithm")
 def test_half_precision_is_computed_in_float32(device):
     boxes = torch.tensor([[285.25, 185.625, 1194, 851.5], [285.25, 188.75, 1192, 851], [279.5, 197.75, 1189, 849]])
     scores = torch.tensor([0.6, 0.9, 0.8])
@@ -147,11 +105,11 @@ def test_half_precision_is_computed_in_float32(device):
         assert torch.equal(nms(rounded.to(device), weights.to(device), 0.2).cpu(), expected)
 
 
-@pytest.mark.usefixtures("way")
+@pytest.mark.usefixtures("algorithm")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dtypes_and_layouts(dtype, device):
     boxes, scores = (t.to(dtype) for t in draw(150, 3))
-    expected = greedy(boxes, scores, 0.4)
+    expected = greedy_nms(boxes, scores, 0.4)
     strided = torch.stack([boxes.T, boxes.T], 2).to(device)[..., 1].T
     twice = torch.stack([scores, scores], 1).to(device)[:, 0]
     assert not strided.is_contiguous()
@@ -159,16 +117,16 @@ def test_dtypes_and_layouts(dtype, device):
     assert 30 < len(expected) < 120
 
 
-@pytest.mark.usefixtures("way")
+@pytest.mark.usefixtures("algorithm")
 def test_ties_keep_their_order(device):
     boxes, scores = draw(150, 4)
     scores = (scores * 4).floor()
-    expected = greedy(boxes, scores, 0.4)
+    expected = greedy_nms(boxes, scores, 0.4)
     assert torch.equal(nms(boxes.to(device), scores.to(device), 0.4).cpu(), expected)
 
 
-@pytest.mark.usefixtures("way")
-def test_absurd_boxes_and_scores(device):
+@pytest.mark.usefixtures("algorithm")
+def test_degenerate_and_non_finite_boxes_and_scores(device):
     boxes = torch.tensor(
         [
             *([[5.0, 5, 5, 5]] * 2),  # no area: IoU is NaN
@@ -186,24 +144,24 @@ def test_absurd_boxes_and_scores(device):
     scores[[3, 12, 16]] = torch.tensor([NAN, -INF, INF])
     expected = torchvision.ops.nms(boxes, scores, 0.5)
     assert 10 < len(expected) < len(boxes)
-    assert torch.equal(greedy(boxes, scores, 0.5), expected)
+    assert torch.equal(greedy_nms(boxes, scores, 0.5), expected)
     assert torch.equal(nms(boxes.to(device), scores.to(device), 0.5).cpu(), expected)
     both = nms_padded(boxes.to(device)[None], scores.to(device)[None], 0.5, 17, score_threshold=-INF)
-    assert_same(both, padded_oracle(boxes[None], scores[None], 0.5, 17, score_threshold=-INF))
+    assert_same_indices(both, greedy_nms_padded(boxes[None], scores[None], 0.5, 17, score_threshold=-INF))
     assert not {3, 12} & set(both[0][0].tolist())
 
 
-@pytest.mark.usefixtures("way")
+@pytest.mark.usefixtures("algorithm")
 @pytest.mark.parametrize("threshold", [0.0, 1.0])
-def test_extreme_thresholds_are_torchvisions(threshold, device):
+def test_extreme_thresholds_match_torchvision(threshold, device):
     boxes, scores = draw(20, 5)
     expected = torchvision.ops.nms(boxes, scores, threshold)
     assert torch.equal(nms(boxes.to(device), scores.to(device), threshold).cpu(), expected)
 
 
-@pytest.mark.usefixtures("way")
+@pytest.mark.usefixtures("algorithm")
 @pytest.mark.parametrize("kind", ["int64", "uint8", "float", "one"])
-def test_classes_never_meet(kind, device):
+def test_boxes_of_different_classes_do_not_suppress_each_other(kind, device):
     boxes, scores = draw(150, 6)
     g = torch.Generator().manual_seed(0)
     classes = torch.randint(0, 1 if kind == "one" else 4, (150,), generator=g)
@@ -214,10 +172,10 @@ def test_classes_never_meet(kind, device):
     expected = torchvision.ops.boxes._batched_nms_vanilla(boxes, scores, classes, 0.4)
     actual = batched_nms(boxes.to(device), scores.to(device), classes.to(device), 0.4)
     assert torch.equal(actual.cpu(), expected)
-    assert torch.equal(greedy(boxes, scores, 0.4, classes), expected)
+    assert torch.equal(greedy_nms(boxes, scores, 0.4, classes), expected)
 
 
-@pytest.mark.usefixtures("way")
+@pytest.mark.usefixtures("algorithm")
 @pytest.mark.parametrize("max_output", [0, 1, 40, 150, 200])
 def test_padded_matches_torchvision_in_each_segment(max_output, device):
     boxes, scores = (torch.stack(t) for t in zip(*(draw(150, seed) for seed in range(3)), strict=True))
@@ -231,7 +189,7 @@ def test_padded_matches_torchvision_in_each_segment(max_output, device):
         assert (indices[b, len(expected) :] == -1).all()
 
 
-@pytest.mark.usefixtures("way")
+@pytest.mark.usefixtures("algorithm")
 @pytest.mark.parametrize("score_threshold", [None, 0.3, -INF, INF])
 @pytest.mark.parametrize("with_classes", [False, True])
 def test_padded_counts_classes_and_score_threshold(with_classes, score_threshold, device):
@@ -239,7 +197,7 @@ def test_padded_counts_classes_and_score_threshold(with_classes, score_threshold
     scores[:, ::9], scores[:, 1::9], scores[:, 2::9] = NAN, -INF, INF
     classes = torch.arange(5 * 150).view(5, 150) % 7 % 3 if with_classes else None
     counts = torch.tensor([150, 0, 131, -4, 1000], dtype=torch.int32)
-    expected = padded_oracle(boxes, scores, 0.4, 60, classes, counts, score_threshold)
+    expected = greedy_nms_padded(boxes, scores, 0.4, 60, classes, counts, score_threshold)
     actual = nms_padded(
         boxes.to(device),
         scores.to(device),
@@ -249,18 +207,18 @@ def test_padded_counts_classes_and_score_threshold(with_classes, score_threshold
         counts=counts.to(device),
         score_threshold=score_threshold,
     )
-    assert_same(actual, expected)
+    assert_same_indices(actual, expected)
     assert expected[1].max() == (0 if score_threshold == INF else 60)
 
 
-@pytest.mark.usefixtures("way")
-def test_a_finished_segment_waits_for_the_others(device):
+@pytest.mark.usefixtures("algorithm")
+def test_a_full_segment_beside_an_unfinished_one(device):
     """One segment fills its output in the first chunk, one goes through all chunks."""
     disjoint, scores = draw(300, 7, kind="disjoint")
     stacked, _ = draw(300, 7, kind="stacked")
     boxes, scores = torch.stack([disjoint, stacked]), torch.stack([scores, scores])
     actual = nms_padded(boxes.to(device), scores.to(device), 0.5, 70)
-    assert_same(actual, padded_oracle(boxes, scores, 0.5, 70))
+    assert_same_indices(actual, greedy_nms_padded(boxes, scores, 0.5, 70))
     assert actual[1].tolist() == [70, 1]
 
 
@@ -270,7 +228,7 @@ def test_prefixes_of_long_segments_are_enough(device):
     boxes[1] = draw(2500, 0, kind="stacked")[0]  # no prefix of this one fills its output
     classes = torch.arange(2500).expand(2, -1) % 5
     actual = nms_padded(boxes.to(device), scores.to(device), 0.5, 20, classes=classes.to(device))
-    assert_same(actual, padded_oracle(boxes, scores, 0.5, 20, classes))
+    assert_same_indices(actual, greedy_nms_padded(boxes, scores, 0.5, 20, classes))
     assert actual[1].tolist() == [20, 5]
 
 
@@ -282,11 +240,11 @@ def test_reference_with_any_blocking(block, tile, small, monkeypatch):
     monkeypatch.setattr(nms_reference, "SMALL", small)
     boxes, scores = draw(200, 8)
     classes = (torch.rand(200, generator=torch.Generator().manual_seed(1)) ** 3 * 9).long()
-    assert torch.equal(nms(boxes, scores, 0.4), greedy(boxes, scores, 0.4))
-    assert torch.equal(batched_nms(boxes, scores, classes, 0.4), greedy(boxes, scores, 0.4, classes))
+    assert torch.equal(nms(boxes, scores, 0.4), greedy_nms(boxes, scores, 0.4))
+    assert torch.equal(batched_nms(boxes, scores, classes, 0.4), greedy_nms(boxes, scores, 0.4, classes))
 
 
-@pytest.mark.usefixtures("way")
+@pytest.mark.usefixtures("algorithm")
 @pytest.mark.parametrize("shape", [(0, 0), (0, 5), (3, 0)])
 def test_empty(shape, device):
     boxes, scores = torch.rand(*shape, 4, device=device), torch.rand(shape, device=device)
@@ -299,7 +257,7 @@ def test_empty(shape, device):
     assert batched_nms(boxes.view(-1, 4), scores.view(-1), classes.view(-1), 0.5).dtype == torch.int64
 
 
-@pytest.mark.usefixtures("way")
+@pytest.mark.usefixtures("algorithm")
 def test_same_bits_every_time_and_inputs_untouched(device):
     boxes, scores = (t.to(device) for t in draw(200, 9))
     before = boxes.clone(), scores.clone()
@@ -309,8 +267,8 @@ def test_same_bits_every_time_and_inputs_untouched(device):
     assert torch.equal(scores, before[1])
 
 
-@pytest.mark.usefixtures("way")
-def test_gradients_are_asked_of_nobody(device):
+@pytest.mark.usefixtures("algorithm")
+def test_has_no_gradient(device):
     boxes, scores = (t.to(device).requires_grad_() for t in draw(70, 10))
     assert torch.equal(nms(boxes, scores, 0.4), nms(boxes.detach(), scores.detach(), 0.4))
     assert not nms_padded(boxes[None], scores[None], 0.4, 9)[0].requires_grad
@@ -356,6 +314,47 @@ def test_padded_runs_on_fake_tensors(device):
     assert indices.device.type == count.device.type == torch.device(device).type
 
 
+@pytest.mark.parametrize("shape", [(0,), (0, 4), (5, 0), (0, 0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
+def test_batched_nms_of_no_elements_is_empty(shape, dtype, device):
+    boxes = torch.empty(shape, dtype=dtype, device=device)
+    scores = torch.empty(shape[0], device=device)
+    arguments = boxes, scores, scores.long(), 0.5
+    expected, actual = torchvision.ops.batched_nms(*arguments), batched_nms(*arguments)
+    assert (actual.shape, actual.dtype, actual.device) == (expected.shape, torch.int64, expected.device)
+
+
+@pytest.mark.usefixtures("algorithm")
+def test_any_default_device(device):
+    boxes, scores = (t.to(device) for t in draw(150, 13))
+    classes, counts = torch.arange(150, device=device) % 3, torch.tensor([120], device=device)
+
+    def everything():
+        padded = nms_padded(boxes[None], scores[None], 0.4, 40, classes=classes[None], counts=counts)
+        return nms(boxes, scores, 0.4), batched_nms(boxes, scores, classes, 0.4), *padded
+
+    expected = everything()
+    with torch.device("meta"):
+        actual = everything()
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+class Suppress(torch.nn.Module):
+    def forward(self, boxes, scores, classes):
+        indices, count = nms_padded(boxes[None], scores[None], 0.4, max_output=9, classes=classes[None])
+        return nms(boxes, scores, 0.4), batched_nms(boxes, scores, classes, iou_threshold=0.4), indices, count
+
+
+def test_symbolic_tracing_records_the_public_functions(device):
+    traced = torch.fx.symbolic_trace(Suppress())
+    targets = {node.target for node in traced.graph.nodes if node.op == "call_function"}
+    assert {nms, batched_nms, nms_padded} <= targets
+    boxes, scores = (t.to(device) for t in draw(70, 14))
+    arguments = boxes, scores, torch.arange(70, device=device) % 3
+    for actual, expected in zip(traced(*arguments), Suppress()(*arguments), strict=True):
+        assert torch.equal(actual, expected)
+
+
 B1, S1 = torch.rand(5, 4), torch.rand(5)
 B2, S2 = torch.rand(2, 5, 4), torch.rand(2, 5)
 
@@ -382,7 +381,21 @@ B2, S2 = torch.rand(2, 5, 4), torch.rand(2, 5)
         (ValueError, r"iou_threshold: expected in \[0, 1\], got 1.1", lambda: nms_padded(B2, S2, 1.1, 1)),
         (ValueError, r"iou_threshold: expected in \[0, 1\], got -0.1", lambda: nms_padded(B2, S2, -0.1, 1)),
         (ValueError, r"iou_threshold: expected in \[0, 1\], got nan", lambda: nms_padded(B2, S2, NAN, 1)),
-        (ValueError, "max_output: expected >= 0, got -1", lambda: nms_padded(B2, S2, 0.5, -1)),
+        (ValueError, "max_output: expected at least 0, got -1", lambda: nms_padded(B2, S2, 0.5, -1)),
+        (ValueError, "max_output: expected an int in .*, got 2147483648", lambda: nms_padded(B2, S2, 0.5, 2**31)),
+        (TypeError, r"max_output: expected an int, got 2\.5", lambda: nms_padded(B2, S2, 0.5, 2.5)),
+        (TypeError, "boxes: expected a Tensor, got \\[\\[", lambda: nms(B1.tolist(), S1, 0.5)),
+        (TypeError, "scores: expected a Tensor, got array", lambda: nms(B1, S1.numpy(), 0.5)),
+        (TypeError, "boxes: expected a dense tensor, got torch.sparse_coo", lambda: nms(B1.to_sparse(), S1, 0.5)),
+        (TypeError, "scores: expected a floating dtype of 16 bits", lambda: nms(B1, S1.to(torch.float8_e5m2), 0.5)),
+        (TypeError, "idxs: expected a Tensor, got None", lambda: batched_nms(B1, S1, None, 0.5)),
+        (TypeError, "idxs: expected a dtype of real", lambda: batched_nms(B1, S1, S1.to(torch.complex64), 0.5)),
+        (TypeError, "iou_threshold: expected a number, got None", lambda: nms(B1, S1, None)),
+        (TypeError, "iou_threshold: expected a number, got '0.5'", lambda: batched_nms(B1, S1, S1, "0.5")),
+        (ValueError, "iou_threshold: expected a number within", lambda: nms(B1, S1, 10**400)),
+        (TypeError, "score_threshold: expected a number", lambda: nms_padded(B2, S2, 0.5, 1, score_threshold="0")),
+        (TypeError, "counts: expected a signed", lambda: nms_padded(B2, S2, 0.5, 1, counts=S2[:, 0].to(torch.uint16))),
+        (ValueError, "boxes: expected a tensor with data", lambda: nms(B1.to("meta"), S1.to("meta"), 0.5)),
     ],
 )
 def test_bad_arguments_are_named(error, named, call):

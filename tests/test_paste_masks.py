@@ -4,76 +4,18 @@ import math
 
 import pytest
 import torch
-from conftest import BUDGET, assert_within_budget
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.functional import grid_sample
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from fastmask.kernels._runtime import compute_dtype
 from fastmask.kernels.paste_masks import CONVENTIONS, paste_masks
+from tests.oracles.paste_masks import ORACLES, assert_probabilities, draw_masks, grid_sample_oracle
 
 NAN, INF = float("nan"), float("inf")
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 SIZES = [(3, 28, 31, 67), (2, 14, 40, 40), (5, 7, 1, 33), (4, 5, 29, 1), (3, 1, 9, 13), (9, 4, 3, 2)]
 
 both = pytest.mark.parametrize("convention", CONVENTIONS)
-
-
-def draw(n, m, height, width, seed=0):
-    """Masks, and boxes of every size that touch the image, the last one far larger than it."""
-    g = torch.Generator().manual_seed(seed)
-    image = torch.tensor([width, height])
-    side = torch.exp(torch.randn(n, 2, generator=g) + math.log(0.4 * max(height, width) + 1))
-    side[-1] = 40 * max(height, width)
-    corner = torch.rand(n, 2, generator=g) * (image + side) - side
-    return torch.rand(n, m, m, generator=g), torch.cat([corner, corner + side], 1)
-
-
-def grid_sample_oracle(masks, boxes, height, width):
-    """Probabilities `[N, H, W]` by float64 `grid_sample` over the whole image: somebody else's bilinear."""
-    x1, y1, x2, y2 = boxes.double()[:, :, None].unbind(1)
-    gy = (torch.arange(height) + 0.5 - y1) / (y2 - y1) * 2 - 1
-    gx = (torch.arange(width) + 0.5 - x1) / (x2 - x1) * 2 - 1
-    grid = torch.stack([gx[:, None].expand(-1, height, -1), gy[:, :, None].expand(-1, -1, width)], 3)
-    return grid_sample(masks.double()[:, None], grid, align_corners=False)[:, 0]
-
-
-def torchvision_oracle(masks, boxes, height, width):
-    """torchvision's convention in plain loops: float64 but for the expansion, whose rounding it truncates."""
-    n, m, _ = masks.shape
-    out = torch.zeros(n, height, width, dtype=torch.float64)
-    centre, half = (boxes[:, 2:] + boxes[:, :2]) * 0.5, (boxes[:, 2:] - boxes[:, :2]) * 0.5 * ((m + 2) / m)
-    spans = torch.cat([centre - half, centre + half], 1).tolist()
-    padded = torch.nn.functional.pad(masks.double(), (1, 1, 1, 1)).tolist()
-
-    def taps(size):  # for each of `size` pixels, the two padded mask pixels and the second one's weight
-        positions = [max((i + 0.5) * (m + 2) / size - 0.5, 0.0) for i in range(size)]
-        return [(int(p), min(int(p) + 1, m + 1), p - int(p)) for p in positions]
-
-    for k in range(n):
-        x1, y1, x2, y2 = map(int, spans[k])
-        columns, rows = taps(max(x2 - x1 + 1, 1)), taps(max(y2 - y1 + 1, 1))
-        for y in range(max(y1, 0), min(y2 + 1, height)):
-            r0, r1, dy = rows[y - y1]
-            for x in range(max(x1, 0), min(x2 + 1, width)):
-                c0, c1, dx = columns[x - x1]
-                above = padded[k][r0][c0] * (1 - dx) + padded[k][r0][c1] * dx
-                below = padded[k][r1][c0] * (1 - dx) + padded[k][r1][c1] * dx
-                out[k, y, x] = above * (1 - dy) + below * dy
-    return out
-
-
-ORACLES = {"aligned": grid_sample_oracle, "torchvision": torchvision_oracle}
-
-
-def assert_probabilities(actual, exact, m):
-    """Within the budget of the output's dtype for its rounding, and of the dtype computed in for coordinates.
-
-    A coordinate is of magnitude m + 2, and in each direction moves a probability by up to the difference of
-    neighbours, 1 at most.
-    """
-    coordinates = 2 * (m + 2) * BUDGET[compute_dtype(actual.dtype)] / BUDGET[actual.dtype]
-    assert_within_budget(actual, exact, exact + coordinates)
 
 
 def assert_pasted(pasted, exact, threshold=0.5, margin=1e-5):
@@ -86,7 +28,7 @@ def assert_pasted(pasted, exact, threshold=0.5, margin=1e-5):
 @both
 @pytest.mark.parametrize(("n", "m", "height", "width"), SIZES)
 def test_matches_the_oracle(device, convention, n, m, height, width):
-    masks, boxes = draw(n, m, height, width)
+    masks, boxes = draw_masks(n, m, height, width)
     exact = ORACLES[convention](masks, boxes, height, width)
     arguments = masks.to(device), boxes.to(device), (height, width)
     assert_pasted(paste_masks(*arguments, convention=convention), exact)
@@ -97,7 +39,7 @@ def test_matches_the_oracle(device, convention, n, m, height, width):
 @both
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dtypes(device, convention, dtype):
-    masks, boxes = draw(2, 28, 25, 70)
+    masks, boxes = draw_masks(2, 28, 25, 70)
     masks = masks.to(dtype)
     exact = ORACLES[convention](masks, boxes, 25, 70)
     arguments = masks.to(device), boxes.to(device), (25, 70)
@@ -109,13 +51,13 @@ def test_dtypes(device, convention, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_matches_torchvision(device, dtype):
-    masks, boxes = draw(4, 28, 20, 70, seed=1)
+    masks, boxes = draw_masks(4, 28, 20, 70, seed=1)
     masks = masks.to(device, dtype)
-    # In bfloat16 its own interpolation spends half of the budget.
-    theirs = paste_masks_in_image(masks.cpu().to(compute_dtype(dtype))[:, None], boxes, (20, 70))[:, 0]
-    ours = paste_masks(masks, boxes.to(device), (20, 70), None, convention="torchvision")
-    assert ours.dtype == dtype
-    assert_probabilities(ours, theirs.double(), 28)
+    # In bfloat16 torchvision's own interpolation takes half of the budget.
+    expected = paste_masks_in_image(masks.cpu().to(compute_dtype(dtype))[:, None], boxes, (20, 70))[:, 0]
+    actual = paste_masks(masks, boxes.to(device), (20, 70), None, convention="torchvision")
+    assert actual.dtype == dtype
+    assert_probabilities(actual, expected.double(), 28)
 
 
 def test_expansion_truncates_as_torchvision_does(device):
@@ -131,15 +73,15 @@ def test_expansion_truncates_as_torchvision_does(device):
         boxes.double() * (1 + 1e-12),
     ):
         masks = torch.ones(len(boxes), m, m)
-        theirs = paste_masks_in_image(masks[:, None], nudged, (21, 22))[:, 0]
-        assert theirs[-1].any()
-        ours = paste_masks(masks.to(device), nudged.to(device), (21, 22), None, convention="torchvision")
-        assert_probabilities(ours, theirs.double(), m)
+        expected = paste_masks_in_image(masks[:, None], nudged, (21, 22))[:, 0]
+        assert expected[-1].any()
+        actual = paste_masks(masks.to(device), nudged.to(device), (21, 22), None, convention="torchvision")
+        assert_probabilities(actual, expected.double(), m)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_box_dtypes(device, dtype):
-    masks, boxes = draw(2, 14, 20, 30)
+    masks, boxes = draw_masks(2, 14, 20, 30)
     boxes = boxes.to(dtype)
     exact = grid_sample_oracle(masks, boxes, 20, 30)
     assert_probabilities(paste_masks(masks.to(device), boxes.to(device), (20, 30), None), exact, 14)
@@ -177,7 +119,7 @@ def test_float64_is_computed_in_float64(device):
 
 
 @both
-def test_bad_boxes_paste_nothing(device, convention):
+def test_degenerate_and_non_finite_boxes_paste_nothing(device, convention):
     boxes = [
         [NAN, 0, 9, 9],
         [0, NAN, 9, 9],
@@ -205,10 +147,10 @@ def test_zero_area(device):
     boxes = torch.tensor([[5.0, 5, 5, 9], [5, 5, 9, 5], [5, 5, 5, 5]])
     masks = torch.ones(3, 14, 14)
     assert not paste_masks(masks.to(device), boxes.to(device), (12, 12), None).any()
-    theirs = paste_masks_in_image(masks[:, None], boxes, (12, 12))[:, 0]  # at least a pixel wide
-    ours = paste_masks(masks.to(device), boxes.to(device), (12, 12), None, convention="torchvision")
-    assert theirs.any()
-    assert_probabilities(ours, theirs.double(), 14)
+    expected = paste_masks_in_image(masks[:, None], boxes, (12, 12))[:, 0]  # at least a pixel wide
+    actual = paste_masks(masks.to(device), boxes.to(device), (12, 12), None, convention="torchvision")
+    assert expected.any()
+    assert_probabilities(actual, expected.double(), 14)
 
 
 @both
@@ -221,7 +163,7 @@ def test_slivers(device, convention):
 
 @both
 def test_threshold_is_at_least(device, convention):
-    masks, boxes = (t.to(device) for t in draw(2, 7, 11, 23))
+    masks, boxes = (t.to(device) for t in draw_masks(2, 7, 11, 23))
     probabilities = paste_masks(masks, boxes, (11, 23), None, convention=convention)
     for threshold in (0.0, 0.25, 0.5, 1.0, probabilities.median().item()):
         pasted = paste_masks(masks, boxes, (11, 23), threshold, convention=convention)
@@ -233,7 +175,7 @@ def test_threshold_is_at_least(device, convention):
 @pytest.mark.parametrize("size", [(0, 9), (9, 0), (0, 0)])
 @pytest.mark.parametrize("threshold", [0.5, None])
 def test_empty(device, size, threshold):
-    masks, boxes = (t.to(device) for t in draw(2, 7, 9, 9))
+    masks, boxes = (t.to(device) for t in draw_masks(2, 7, 9, 9))
     dtype = torch.float32 if threshold is None else torch.bool
     for n, image in ((2, size), (0, (9, 9))):
         out = paste_masks(masks[:n], boxes[:n], image, threshold)
@@ -243,18 +185,18 @@ def test_empty(device, size, threshold):
 
 @both
 def test_non_contiguous(device, convention):
-    masks, boxes = (t.to(device) for t in draw(3, 7, 11, 23))
+    masks, boxes = (t.to(device) for t in draw_masks(3, 7, 11, 23))
     strided = torch.stack([masks, masks], 3)[..., 0].mT, torch.stack([boxes, boxes], 2)[..., 0]
-    want = paste_masks(masks.mT.contiguous(), boxes, (11, 23), None, convention=convention)
-    assert torch.equal(paste_masks(*strided, (11, 23), None, convention=convention), want)
+    expected = paste_masks(masks.mT.contiguous(), boxes, (11, 23), None, convention=convention)
+    assert torch.equal(paste_masks(*strided, (11, 23), None, convention=convention), expected)
     shared = masks[:1].expand(3, 7, 7)
-    want = paste_masks(shared.contiguous(), boxes, (11, 23), convention=convention)
-    assert torch.equal(paste_masks(shared, boxes, (11, 23), convention=convention), want)
+    expected = paste_masks(shared.contiguous(), boxes, (11, 23), convention=convention)
+    assert torch.equal(paste_masks(shared, boxes, (11, 23), convention=convention), expected)
 
 
 @both
 def test_bitwise_repeatable(device, convention):
-    masks, boxes = (t.to(device) for t in draw(3, 14, 11, 53))
+    masks, boxes = (t.to(device) for t in draw_masks(3, 14, 11, 53))
     first, second = (paste_masks(masks, boxes, (11, 53), None, convention=convention) for _ in range(2))
     assert torch.equal(first, second)
 
@@ -263,7 +205,7 @@ def test_bitwise_repeatable(device, convention):
 def test_any_number_of_masks(device, convention):
     """On a GPU more elements than 32 bits count; the mask in which they run out, and the last, stay right."""
     n, image = (2200, (1000, 1000)) if device == "cuda" else (5, (9, 13))
-    masks, boxes = (t.to(device) for t in draw(n, 7, *image))
+    masks, boxes = (t.to(device) for t in draw_masks(n, 7, *image))
     out = paste_masks(masks, boxes, image, convention=convention)
     for k in (0, 2**31 // 10**6 % n, n - 1):
         assert torch.equal(out[k], paste_masks(masks[k : k + 1], boxes[k : k + 1], image, convention=convention)[0])
@@ -272,7 +214,7 @@ def test_any_number_of_masks(device, convention):
 @pytest.mark.reference_only
 @both
 def test_at_full_size(convention):
-    masks, boxes = draw(6, 28, 480, 640)
+    masks, boxes = draw_masks(6, 28, 480, 640)
     if convention == "aligned":
         exact = grid_sample_oracle(masks, boxes, 480, 640)
     else:
@@ -284,18 +226,18 @@ def test_at_full_size(convention):
 @both
 @pytest.mark.parametrize("threshold", [0.5, None])
 def test_opcheck(device, convention, threshold):
-    masks, boxes = (t.to(device) for t in draw(2, 7, 9, 13))
+    masks, boxes = (t.to(device) for t in draw_masks(2, 7, 9, 13))
     torch.library.opcheck(torch.ops.fastmask.paste_masks.default, (masks, boxes, 9, 13, threshold, convention))
 
 
 @both
 def test_compiles_without_graph_breaks(device, convention):
-    masks, boxes = (t.to(device) for t in draw(2, 7, 9, 13))
+    masks, boxes = (t.to(device) for t in draw_masks(2, 7, 9, 13))
     compiled = torch.compile(paste_masks, fullgraph=True, dynamic=True)
     for size in ((9, 13), (6, 17)):
         for threshold in (0.5, None):
-            want = paste_masks(masks, boxes, size, threshold, convention=convention)
-            assert torch.equal(compiled(masks, boxes, size, threshold, convention=convention), want)
+            expected = paste_masks(masks, boxes, size, threshold, convention=convention)
+            assert torch.equal(compiled(masks, boxes, size, threshold, convention=convention), expected)
 
 
 def test_fake_tensors():
@@ -307,8 +249,29 @@ def test_fake_tensors():
 
 
 def test_has_no_gradient(device):
-    masks, boxes = (t.to(device).requires_grad_() for t in draw(2, 7, 9, 13))
+    masks, boxes = (t.to(device).requires_grad_() for t in draw_masks(2, 7, 9, 13))
     assert not paste_masks(masks, boxes, (9, 13), None).requires_grad
+
+
+@both
+@pytest.mark.parametrize("threshold", [0.5, None])
+def test_any_default_device(device, convention, threshold):
+    arguments = *(t.to(device) for t in draw_masks(2, 7, 9, 13)), (9, 13), threshold
+    expected = paste_masks(*arguments, convention=convention)
+    with torch.device("meta"):
+        assert torch.equal(paste_masks(*arguments, convention=convention), expected)
+
+
+class Paste(torch.nn.Module):
+    def forward(self, masks, boxes):
+        return paste_masks(masks.sigmoid(), boxes, (9, 13), convention="torchvision")
+
+
+def test_symbolic_tracing_records_the_public_function(device):
+    traced = torch.fx.symbolic_trace(Paste())
+    assert paste_masks in {node.target for node in traced.graph.nodes}
+    arguments = [t.to(device) for t in draw_masks(2, 7, 9, 13)]
+    assert torch.equal(traced(*arguments), Paste()(*arguments))
 
 
 MASKS, BOXES = torch.rand(2, 4, 4), torch.rand(2, 4)
@@ -323,7 +286,7 @@ MASKS, BOXES = torch.rand(2, 4, 4), torch.rand(2, 4)
         (ValueError, r"boxes: expected \[2, 4\].*\[3, 4\]", (MASKS, torch.rand(3, 4), (5, 5)), {}),
         (TypeError, "masks: expected a floating dtype.*uint8", (MASKS.byte(), BOXES, (5, 5)), {}),
         (TypeError, "boxes: expected a floating dtype.*int64", (MASKS, BOXES.long(), (5, 5)), {}),
-        (ValueError, "boxes: expected a tensor on cpu.*meta", (MASKS, BOXES.to("meta"), (5, 5)), {}),
+        (ValueError, "boxes: expected on cpu like masks, got meta", (MASKS, BOXES.to("meta"), (5, 5)), {}),
         (ValueError, r"image_size: expected.*\(-1, 5\)", (MASKS, BOXES, (-1, 5)), {}),
         (ValueError, r"image_size: expected.*\(5, -1\)", (MASKS, BOXES, (5, -1)), {}),
         (ValueError, "image_size: expected.*2\\^30", (MASKS, BOXES, (2**16, 2**15)), {}),
@@ -331,6 +294,14 @@ MASKS, BOXES = torch.rand(2, 4, 4), torch.rand(2, 4)
         (ValueError, "threshold: expected.*-0.1", (MASKS, BOXES, (5, 5), -0.1), {}),
         (ValueError, "threshold: expected.*nan", (MASKS, BOXES, (5, 5), NAN), {}),
         (ValueError, "convention: expected.*'caffe'", (MASKS, BOXES, (5, 5)), {"convention": "caffe"}),
+        (TypeError, "convention: expected.*None", (MASKS, BOXES, (5, 5)), {"convention": None}),
+        (TypeError, "image_size: expected two ints, got 7", (MASKS, BOXES, 7), {}),
+        (TypeError, r"image_size: expected an int, got 1\.5", (MASKS, BOXES, (1.5, 2)), {}),
+        (ValueError, r"image_size: expected two ints, got \(3, 4, 5\)", (MASKS, BOXES, (3, 4, 5)), {}),
+        (TypeError, "threshold: expected a number, got 'half'", (MASKS, BOXES, (5, 5), "half"), {}),
+        (TypeError, "masks: expected a Tensor, got array", (MASKS.numpy(), BOXES, (5, 5)), {}),
+        (TypeError, "boxes: expected a Tensor, got None", (MASKS, None, (5, 5)), {}),
+        (TypeError, "masks: expected a dense tensor", (MASKS.to_sparse(), BOXES, (5, 5)), {}),
     ],
 )
 def test_bad_arguments_are_named(error, message, arguments, options):
@@ -340,7 +311,7 @@ def test_bad_arguments_are_named(error, message, arguments, options):
 
 @pytest.mark.reference_only
 def test_many_masks_are_pasted_like_few():
-    masks, boxes = draw(150, 6, 20, 30)
+    masks, boxes = draw_masks(150, 6, 20, 30)
     together = paste_masks(masks, boxes, (20, 30), None)
     assert torch.equal(
         together, torch.cat([paste_masks(m[None], b[None], (20, 30), None) for m, b in zip(masks, boxes, strict=True)])

@@ -2,14 +2,14 @@
 
     model = accelerate(torchvision.models.detection.maskrcnn_resnet50_fpn())
 
-Pooling, NMS and mask paste-back become ours; weights, hooks and everything else stay. A module that runs one of
-them has its class replaced by a subclass of itself, which is all that `restore` takes back; torchvision itself is
-not patched, and other models are not touched.
+Pooling, NMS and mask paste-back become fastmask's; weights, hooks and everything else stay. The class of each module
+that runs one of them is replaced by a subclass of it, and `restore` puts the original class back. torchvision itself
+is not patched, and other models are not touched.
+
+`torch.jit.script` does not compile an accelerated model; it does compile a restored one.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +20,14 @@ from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign
 
-from fastmask import box_ops as box_algebra
-from fastmask import modules
+from fastmask import box_ops, modules
+from fastmask.integrations._swap import ClassSwap
 from fastmask.kernels.nms import nms_padded
 from fastmask.kernels.paste_masks import paste_masks
 
 
 class _FastPooler(modules.MultiScaleRoIAlign, MultiScaleRoIAlign):
-    """Our forward on torchvision's attributes, and what those lack."""
+    """fastmask's forward on torchvision's attributes, and defaults for those that torchvision lacks."""
 
     aligned, reduction, level_rounding = False, "mean", "torchvision"
 
@@ -40,17 +40,17 @@ class _FastRegionProposalNetwork(RegionProposalNetwork):
         image_shapes: list[tuple[int, int]],
         num_anchors_per_level: list[int],
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """The best proposals of all images by one NMS, in which levels are classes."""
+        """The best proposals of all images by one NMS, in which pyramid levels are classes."""
         objectness = objectness.detach().reshape(proposals.shape[0], -1)
         top = self._get_top_n_idx(objectness, num_anchors_per_level)
         level = torch.cat([top.new_full((n,), i) for i, n in enumerate(num_anchors_per_level)])
         scores = objectness.gather(1, top).sigmoid()
         boxes = proposals.gather(1, top[..., None].expand(-1, -1, 4))
-        boxes = torch.stack([box_algebra.clip(b, size) for b, size in zip(boxes, image_shapes, strict=True)])
-        large = ((boxes[..., 2:] - boxes[..., :2]) >= self.min_size).all(-1)
+        boxes = torch.stack([box_ops.clip(b, size) for b, size in zip(boxes, image_shapes, strict=True)])
+        is_large = ((boxes[..., 2:] - boxes[..., :2]) >= self.min_size).all(-1)
         indices, count = nms_padded(
             boxes,
-            scores.masked_fill(~large | (scores < self.score_thresh), -torch.inf),
+            scores.masked_fill(~is_large | (scores < self.score_thresh), -torch.inf),
             self.nms_thresh,
             self.post_nms_top_n(),
             classes=level[top],
@@ -74,27 +74,27 @@ class _FastRoIHeads(RoIHeads):
         """Each image's best detections by one NMS over all its boxes and classes."""
         per_image = [len(boxes) for boxes in proposals]
         decoded = self.box_coder.decode(box_regression, proposals)
-        decoded = decoded.reshape(*class_logits.shape, 4).split(per_image)  # of no boxes, it is not [0, C, 4]
+        decoded = decoded.reshape(*class_logits.shape, 4).split(per_image)  # without boxes, decoded is not [0, C, 4]
         scores = softmax(class_logits, -1).split(per_image)
-        found = []
+        candidates = []
         for boxes, score, size in zip(decoded, scores, image_shapes, strict=True):
-            boxes, score = box_algebra.clip(boxes[:, 1:], size), score[:, 1:]  # 0 is the background
+            boxes, score = box_ops.clip(boxes[:, 1:], size), score[:, 1:]  # 0 is the background
             labels = torch.arange(1, score.shape[1] + 1, device=score.device).expand_as(score).flatten()
             boxes, score = boxes.flatten(0, 1), score.flatten()
-            large = ((boxes[:, 2:] - boxes[:, :2]) >= 1e-2).all(-1)
+            is_large = ((boxes[:, 2:] - boxes[:, :2]) >= 1e-2).all(-1)
             indices, count = nms_padded(
                 boxes[None],
-                score.masked_fill(~large, -torch.inf)[None],
+                score.masked_fill(~is_large, -torch.inf)[None],
                 self.nms_thresh,
                 self.detections_per_img,
                 classes=labels[None],
                 score_threshold=self.score_thresh,
             )
-            found.append((boxes, score, labels, indices[0], count))
-        counts = torch.cat([count for *_, count in found]).tolist()
+            candidates.append((boxes, score, labels, indices[0], count))
+        counts = torch.cat([count for *_, count in candidates]).tolist()
         kept = [
             (boxes[i[:n]], score[i[:n]], labels[i[:n]])
-            for (boxes, score, labels, i, _), n in zip(found, counts, strict=True)
+            for (boxes, score, labels, i, _), n in zip(candidates, counts, strict=True)
         ]
         boxes, score, labels = (list(column) for column in zip(*kept, strict=True))
         return boxes, score, labels
@@ -118,13 +118,14 @@ class _FastTransform(GeneralizedRCNNTransform):
         return result
 
 
-_FAST: dict[type[nn.Module], type[nn.Module]] = {
-    MultiScaleRoIAlign: _FastPooler,
-    RegionProposalNetwork: _FastRegionProposalNetwork,
-    RoIHeads: _FastRoIHeads,
-    GeneralizedRCNNTransform: _FastTransform,
-}
-_PLAIN = {fast: plain for plain, fast in _FAST.items()}
+_SWAP = ClassSwap(
+    {
+        MultiScaleRoIAlign: _FastPooler,
+        RegionProposalNetwork: _FastRegionProposalNetwork,
+        RoIHeads: _FastRoIHeads,
+        GeneralizedRCNNTransform: _FastTransform,
+    }
+)
 
 
 def accelerate(model: nn.Module) -> nn.Module:
@@ -140,19 +141,27 @@ def accelerate(model: nn.Module) -> nn.Module:
     Raises:
         TypeError: `model` is not a torchvision two-stage detector.
     """
-    for module in _parts(model):
-        module.__class__ = _FAST.get(type(module), type(module))
+    _SWAP.apply(_check_detector(model))
     return model
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Undo `accelerate`, in place; returns `model`."""
-    for module in _parts(model):
-        module.__class__ = _PLAIN.get(type(module), type(module))
+    """Undo `accelerate`, in place.
+
+    Args:
+        model: a torchvision two-stage detector, accelerated or not; copies of an accelerated one count as such.
+
+    Returns:
+        `model`, with the classes that torchvision gave it.
+
+    Raises:
+        TypeError: `model` is not a torchvision two-stage detector.
+    """
+    _SWAP.restore(_check_detector(model))
     return model
 
 
-def _parts(model: nn.Module) -> Iterator[nn.Module]:
+def _check_detector(model: nn.Module) -> nn.Module:
     if not isinstance(model, GeneralizedRCNN):
         raise TypeError(f"model: expected a torchvision two-stage detector, got {type(model).__name__}")
-    return model.modules()
+    return model

@@ -16,8 +16,10 @@ from torch import Tensor
 MAX_INT32 = 2**31 - 1  # what a kernel's integer arguments hold
 
 
-def check_tensor(name: str, value: object, *, floating: bool = False, integer: bool = False) -> None:
-    """A dense, strided tensor, with a floating or an integer dtype if asked for."""
+def check_tensor(
+    name: str, value: object, *, floating: bool = False, integer: bool = False, real: bool = False
+) -> None:
+    """A dense, strided tensor; if asked for, with a floating or an integer dtype, or one of real numbers."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {describe(value)}")
     if value.layout != torch.strided or value.is_quantized or value.is_nested:
@@ -27,6 +29,10 @@ def check_tensor(name: str, value: object, *, floating: bool = False, integer: b
         raise TypeError(f"{name}: expected a floating dtype, got {value.dtype}")
     if integer and (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool):
         raise TypeError(f"{name}: expected an integer dtype, got {value.dtype}")
+    if real and value.is_complex():
+        raise TypeError(f"{name}: expected a dtype of real numbers, got {value.dtype}")
+    if (floating or real) and value.is_floating_point() and value.itemsize < 2:
+        raise TypeError(f"{name}: expected a floating dtype of 16 bits or more, got {value.dtype}")
 
 
 def check_same_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
@@ -37,25 +43,24 @@ def check_same_device(name: str, tensor: Tensor, other_name: str, other: Tensor)
 
 def check_int(name: str, value: Any, *, least: int = -MAX_INT32, most: int = MAX_INT32) -> int:
     """An integer in [least, most], NumPy's included; may be symbolic."""
-    if not isinstance(value, int | torch.SymInt):
-        if not isinstance(value, Integral):
-            raise TypeError(f"{name}: expected an int, got {describe(value)}")
-        value = int(value)
-    elif isinstance(value, bool):
+    if isinstance(value, bool) or not isinstance(value, Integral | torch.SymInt):
         raise TypeError(f"{name}: expected an int, got {describe(value)}")
-    if not least <= value <= most:
-        limits = f"at least {least}" if most == MAX_INT32 and value < least else f"an int in [{least}, {most}]"
-        raise ValueError(f"{name}: expected {limits}, got {value}")
-    return value
+    number: Any = value if isinstance(value, int | torch.SymInt) else int(value)
+    if not least <= number <= most:
+        limits = f"at least {least}" if most == MAX_INT32 and number < least else f"an int in [{least}, {most}]"
+        raise ValueError(f"{name}: expected {limits}, got {number}")
+    return number
 
 
 def check_float(name: str, value: Any) -> float:
     """A real number, NumPy's included."""
-    if isinstance(value, torch.SymFloat):
-        return value
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if isinstance(value, bool) or not isinstance(value, Real | torch.SymFloat):
         raise TypeError(f"{name}: expected a number, got {describe(value)}")
-    return float(value)
+    try:
+        number: Any = value if isinstance(value, torch.SymFloat) else float(value)
+    except OverflowError:
+        raise ValueError(f"{name}: expected a number within the range of float64, got {describe(value)}") from None
+    return number
 
 
 def check_positive(name: str, value: Any) -> float:
@@ -111,7 +116,7 @@ def check_sequence(name: str, value: Any, of: str) -> list[Any]:
 def describe(value: object) -> str:
     """A value for an error: a tensor's dtype and shape, anything else as it prints, shortened."""
     if isinstance(value, Tensor):
-        return f"a Tensor of {value.dtype} {list(value.shape)}"
+        return "a nested Tensor" if value.is_nested else f"a Tensor of {value.dtype} {list(value.shape)}"
     text = repr(value)
     text = text if len(text) <= 60 else f"{text[:57]}..."
     return f"{text} ({type(value).__name__})"

@@ -13,53 +13,68 @@ zeros that surround the mask anyway, that is the same formula over another span:
 
     x1, x2 <- trunc(x1'), trunc(x2') + 1         u = (x + 1/2 - x1) * (m + 2) / (x2 - x1) - 3/2
 
-One launch writes each output byte once. Sampling every mask over the whole image instead moves some 40
+One launch writes each output byte once. Sampling every mask over the whole image instead moves about 40
 bytes per pixel and mask through memory: 4 GB for 100 masks at 800 x 1333, whose output is 107 MB.
 Deterministic: no atomics, one writer per element.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from fastmask.kernels._runtime import (
+    Size,
+    ceil_div,
     compute_dtype,
     divide,
     float64_bits,
     float_of,
     jit,
     on_device_of,
+    overridable,
     register,
     tl,
-    triton,
+    triton_dtype,
 )
+from fastmask.kernels._validation import check_choice, check_fraction, check_pair, check_same_device, check_tensor
 
 CONVENTIONS = ("aligned", "torchvision")
 
-# Pixels are counted in 32 bits within a mask, with room for one row more.
+# Pixels of a mask are counted in 32 bits, with room for one row more.
 MAX_PIXELS = 2**30
 
-# Whose weights, (H + W) * m each at most, the reference holds at a time.
+# Masks whose weights, at most (H + W) * m each, the reference holds at a time.
 REFERENCE_MASKS = 64
 
-# A tile is 16 bytes for each thread of a warp: 512 booleans, 128 float32. Of 100 boxes with log-uniform
-# sides of 16..600 on 800 x 1333, which reach 3% of the pixels, 11% of such tiles are touched; with 2, 4 or 8
-# warps it would be 18, 21 or 21%. Compiled for booleans from float32: 64 registers on sm_90 and sm_100, 80 on
-# sm_80, 53 on gfx942, no spills, one 128-bit store per thread and tile (64-bit on gfx942, of 64 threads).
+# A tile is 16 bytes for each thread of a warp: 512 booleans, 128 float32. 100 boxes with log-uniform sides of
+# 16..600 on 800 x 1333 cover 3% of the pixels and touch 11% of such tiles; with 2, 4 or 8 warps it would be
+# 18, 21 or 21%. Compiled for booleans from float32: 64 registers on sm_90 and sm_100, 80 on sm_80, 53 on
+# gfx942, no spills, one 128-bit store per thread and tile (64-bit on gfx942, which has 64 threads a warp).
 NUM_WARPS = 1
 TILES_PER_PROGRAM = 8
 
 
+class PasteSpec(NamedTuple):
+    """The settings of `paste_masks`, as its public function documents them."""
+
+    height: Size
+    width: Size
+    threshold: float | None
+    convention: str
+
+
 def _span(boxes: Tensor, m: int, convention: str) -> tuple[Tensor, Tensor, Tensor]:
-    """First and last (x, y) that the mask is stretched over, `[N, 2]` each, and whether they make sense."""
+    """First and last (x, y) that the mask is stretched over, `[N, 2]` each, and whether they are usable, `[N, 1]`."""
     boxes = boxes.to(torch.promote_types(boxes.dtype, torch.float32))
     start, end = boxes[:, :2], boxes[:, 2:]
-    if convention == "torchvision":  # its operations in its order: a rounding more would truncate otherwise
+    if convention == "torchvision":  # its operations in its order: another rounding could truncate differently
         half, centre = (end - start) * 0.5 * ((m + 2) / m), (end + start) * 0.5
         start, end = (centre - half).trunc(), (centre + half).trunc() + 1
-    good = (boxes.abs() < 2.0**31).all(1) & (start < end).all(1)
-    return start, end, good[:, None]
+    usable = (boxes.abs() < 2.0**31).all(1) & (start < end).all(1)
+    return start, end, usable[:, None]
 
 
 def _hat_weights(position: Tensor, m: int) -> Tensor:
@@ -68,21 +83,17 @@ def _hat_weights(position: Tensor, m: int) -> Tensor:
     return distance.abs_().neg_().add_(1).clamp_(min=0)
 
 
-def paste_masks_reference(
-    masks: Tensor, boxes: Tensor, height: int, width: int, threshold: float | None, convention: str
-) -> Tensor:
+def paste_masks_reference(masks: Tensor, boxes: Tensor, spec: PasteSpec) -> Tensor:
     """Separable form, `Wy @ mask @ Wx.T` with hat-function weights, only where the mask reaches."""
-    m, dtype = masks.shape[-1], compute_dtype(masks.dtype)
-    if threshold is None:
-        out = masks.new_zeros(len(masks), height, width)
-    else:
-        out = masks.new_full((len(masks), height, width), threshold <= 0, dtype=torch.bool)
-    padding = int(convention == "torchvision")
-    start, end, good = _span(boxes, m, convention)
+    m, dtype, threshold = masks.shape[-1], compute_dtype(masks.dtype), spec.threshold
+    size = len(masks), spec.height, spec.width
+    out = masks.new_zeros(size) if threshold is None else masks.new_full(size, threshold <= 0, dtype=torch.bool)
+    padding = int(spec.convention == "torchvision")
+    start, end, usable = _span(boxes, m, spec.convention)
     reach = (1 - padding) * (end - start) / (2 * m)  # a mask pixel's influence ends half a pixel beyond it
-    image = torch.tensor([width, height], device=boxes.device)
-    first = (start - reach).where(good, 0).floor().clamp(min=0).minimum(image).long()
-    last = (end + reach).where(good, 0).ceil().clamp(min=0).minimum(image).long().maximum(first)
+    image = torch.tensor([spec.width, spec.height], device=boxes.device)
+    first = (start - reach).where(usable, 0).floor().clamp(min=0).minimum(image).long()
+    last = (end + reach).where(usable, 0).ceil().clamp(min=0).minimum(image).long().maximum(first)
     start, end, masks = start.to(dtype), end.to(dtype), masks.to(dtype)
     scale = (m + 2 * padding) / (end - start)
 
@@ -97,7 +108,7 @@ def paste_masks_reference(
             box += begin
             position = (pixel.to(dtype) + 0.5 - start[box, axis]) * scale[box, axis] - (0.5 + padding)
             weights.append(_hat_weights(position, m).split(count.tolist()))
-        # A loop, for the boxes' areas differ a thousandfold; most of the time goes into filling the output.
+        # A loop, because the boxes' areas differ a thousandfold; most of the time goes into filling the output.
         for n, (columns, rows) in enumerate(zip(*weights, strict=True), begin):
             left, top, right, bottom = corners[n]
             if left < right and top < bottom:
@@ -113,23 +124,25 @@ def _truncate(x):
 
 
 @jit()
-def _axis(start, end, size, dtype: tl.constexpr, M: tl.constexpr, PADDING: tl.constexpr):
-    """Along one axis, the map u = (x + 1/2 - start) * scale - 1/2 - PADDING, and the pixels first..last - 1
-    that the mask reaches; none if the box is bad."""
-    good = (tl.abs(start) < 2.0**31) & (tl.abs(end) < 2.0**31)
-    start, end = tl.where(good, start, 0.0), tl.where(good, end, 0.0)
+def _axis(start, end, size, M: tl.constexpr, PADDING: tl.constexpr, COMPUTE: tl.constexpr):
+    """The map u = (x + 1/2 - start) * scale - 1/2 - PADDING along one axis, and the range of pixels it reaches.
+
+    Returns start, scale and the pixels [first, last), which are none for an unusable box.
+    """
+    usable = (tl.abs(start) < 2.0**31) & (tl.abs(end) < 2.0**31)
+    start, end = tl.where(usable, start, 0.0), tl.where(usable, end, 0.0)
     if PADDING:
         half, centre = (end - start) * 0.5 * ((M + 2) / M), (end + start) * 0.5
         start, end = _truncate(centre - half), _truncate(centre + half) + 1
-    good = good & (start < end)
+    usable = usable & (start < end)
     reach = (end - start) * ((1 - PADDING) * 0.5 / M)
     first = tl.minimum(tl.maximum(tl.floor(start - reach), 0.0), size)
     last = tl.minimum(tl.maximum(tl.ceil(end + reach), 0.0), size)
-    last = tl.where(good, last, 0.0)
-    start, end = start.to(dtype), end.to(dtype)
-    extent = tl.where(good, tl.maximum(end - start, 1e-30), 1.0)  # so that no scale is infinite
-    cells = tl.full((), M + 2 * PADDING, dtype)
-    return start, divide(cells, extent), first.to(tl.int32), last.to(tl.int32)
+    last = tl.where(usable, last, 0.0)
+    start, end = start.to(COMPUTE), end.to(COMPUTE)
+    extent = tl.where(usable, tl.maximum(end - start, 1e-30), 1.0)  # so that no scale is infinite
+    mask_pixels = tl.full((), M + 2 * PADDING, COMPUTE)
+    return start, divide(mask_pixels, extent), first.to(tl.int32), last.to(tl.int32)
 
 
 @jit(do_not_specialize=["programs_per_mask", "height", "width", "threshold_bits"])
@@ -147,42 +160,42 @@ def _paste_masks_kernel(
     BITS: tl.constexpr,  # of an output
     WORDS: tl.constexpr,  # in a tile, of 32 bits, or of 64 for outputs of 64
     TILES: tl.constexpr,  # of a program
+    COMPUTE: tl.constexpr,
 ):
-    # Tiles are aligned runs of the output in memory order. A program fills some of those that one mask has a
-    # part in; at its two ends a mask shares a tile with its neighbours, and writes only its own part.
+    # Tiles are aligned runs of the output in memory order. A program fills up to TILES of the tiles that overlap
+    # one mask. The first and the last of a mask are shared with its neighbours, and only the mask's part is written.
     element = out.dtype.element_ty
-    dtype = tl.float64 if masks.dtype.element_ty == tl.float64 else tl.float32
     word_type = tl.uint64 if BITS == 64 else tl.uint32
-    per_word: tl.constexpr = (BITS + 31) // BITS
-    tile_size: tl.constexpr = WORDS * per_word
+    PER_WORD: tl.constexpr = (BITS + 31) // BITS
+    TILE_SIZE: tl.constexpr = WORDS * PER_WORD
 
     n = tl.program_id(0) // programs_per_mask
     pixels = height * width
     begin = n.to(tl.int64) * pixels
-    tile = begin // tile_size + (tl.program_id(0) - n * programs_per_mask) * TILES
-    last_tile = tl.minimum(tile + TILES, (begin + pixels - 1) // tile_size + 1)
+    tile = begin // TILE_SIZE + (tl.program_id(0) - n * programs_per_mask) * TILES
+    last_tile = tl.minimum(tile + TILES, (begin + pixels - 1) // TILE_SIZE + 1)
 
     box = boxes + n.to(tl.int64) * 4
     x1, y1, x2, y2 = tl.load(box), tl.load(box + 1), tl.load(box + 2), tl.load(box + 3)
-    x_start, x_scale, left, right = _axis(x1, x2, width.to(x1.dtype), dtype, M, PADDING)
-    y_start, y_scale, top, bottom = _axis(y1, y2, height.to(y1.dtype), dtype, M, PADDING)
+    x_start, x_scale, left, right = _axis(x1, x2, width.to(x1.dtype), M, PADDING, COMPUTE)
+    y_start, y_scale, top, bottom = _axis(y1, y2, height.to(y1.dtype), M, PADDING, COMPUTE)
     bottom = tl.where(left < right, bottom, top)
     mask = masks + n.to(tl.int64) * (M * M)
-    threshold = float_of(threshold_bits, dtype)
+    threshold = float_of(threshold_bits, COMPUTE)
     unreached = ((threshold <= 0) & (not PROBABILITIES)).to(word_type)
 
     while tile < last_tile:
-        base = tile * tile_size
+        base = tile * TILE_SIZE
         offset = (base - begin).to(tl.int32)
-        index = offset + tl.arange(0, WORDS) * per_word
+        index = offset + tl.arange(0, WORDS) * PER_WORD
         words = tl.full((WORDS,), unreached * 0x01010101, word_type)
-        if (offset + tile_size > top * width + left) & (offset < bottom * width):
+        if (offset + TILE_SIZE > top * width + left) & (offset < bottom * width):
             # The rows whose part of the box begins before the tile's end, and ends beyond its start.
             y = tl.maximum(top, (offset + width - right) // width)
-            end = tl.minimum(bottom, (offset + tile_size - 1 - left) // width + 1)
+            end = tl.minimum(bottom, (offset + TILE_SIZE - 1 - left) // width + 1)
             while y < end:
-                v = tl.fma(y.to(dtype) + 0.5 - y_start, y_scale, -0.5 - PADDING)
-                v = tl.minimum(tl.maximum(v, -1.0), M)  # beyond, there is no mask pixel either
+                v = tl.fma(y.to(COMPUTE) + 0.5 - y_start, y_scale, -0.5 - PADDING)
+                v = tl.minimum(tl.maximum(v, -1.0), M)  # no mask pixel lies beyond either
                 r = tl.floor(v)
                 upper_weight = tl.where((r >= 0) & (r < M), 1 - (v - r), 0.0)
                 lower_weight = tl.where(r < M - 1, v - r, 0.0)
@@ -190,16 +203,16 @@ def _paste_masks_kernel(
                 lower_row = mask + tl.minimum(r + 1, M - 1).to(tl.int32) * M
                 x = index - y * width
                 # One element of every word at a time: all 16 of a thread at once take 170 registers.
-                for i in range(per_word):
-                    u = tl.fma(x.to(dtype) + 0.5 - x_start, x_scale, -0.5 - PADDING)
+                for i in range(PER_WORD):
+                    u = tl.fma(x.to(COMPUTE) + 0.5 - x_start, x_scale, -0.5 - PADDING)
                     u = tl.minimum(tl.maximum(u, -1.0), M)
                     floor = tl.floor(u)
                     du, c = u - floor, floor.to(tl.int32)
                     c0, c1 = (c >= 0) & (c < M), c < M - 1
-                    p00 = tl.load(upper_row + c, mask=c0, other=0.0).to(dtype)
-                    p01 = tl.load(upper_row + c + 1, mask=c1, other=0.0).to(dtype)
-                    p10 = tl.load(lower_row + c, mask=c0, other=0.0).to(dtype)
-                    p11 = tl.load(lower_row + c + 1, mask=c1, other=0.0).to(dtype)
+                    p00 = tl.load(upper_row + c, mask=c0, other=0.0).to(COMPUTE)
+                    p01 = tl.load(upper_row + c + 1, mask=c1, other=0.0).to(COMPUTE)
+                    p10 = tl.load(lower_row + c, mask=c0, other=0.0).to(COMPUTE)
+                    p11 = tl.load(lower_row + c + 1, mask=c1, other=0.0).to(COMPUTE)
                     upper, lower = tl.fma(du, p01 - p00, p00), tl.fma(du, p11 - p10, p10)
                     value = tl.fma(lower_weight, lower, upper_weight * upper)
                     if PROBABILITIES:
@@ -209,61 +222,61 @@ def _paste_masks_kernel(
                     words ^= tl.where((x >= left) & (x < right), result, 0) << (i * BITS)
                     x += 1
                 y += 1
-        if (offset >= 0) & (offset + tile_size <= pixels):  # unmasked, so a thread stores 16 bytes at once
+        if (offset >= 0) & (offset + TILE_SIZE <= pixels):  # unmasked, so a thread stores 16 bytes at once
             tl.store((out + base).to(tl.pointer_type(word_type)) + tl.arange(0, WORDS), words)
         else:
-            for i in range(per_word):
-                own = (index + i >= 0) & (index + i < pixels)
-                tl.store(out + begin + index + i, (words >> (i * BITS)).to(element), mask=own)
+            for i in range(PER_WORD):
+                in_mask = (index + i >= 0) & (index + i < pixels)
+                tl.store(out + begin + index + i, (words >> (i * BITS)).to(element), mask=in_mask)
         tile += 1
 
 
-def _launch_paste_masks(
-    masks: Tensor, boxes: Tensor, height: int, width: int, threshold: float | None, convention: str
-) -> Tensor:
-    dtype = masks.dtype if threshold is None else torch.bool
-    out = torch.empty(len(masks), height, width, dtype=dtype, device=masks.device)
-    if out.numel():
-        integers = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32, 8: torch.uint64}[out.itemsize]
-        tile = NUM_WARPS * 32 * 16  # bytes
-        tiles = triton.cdiv(height * width - 1, tile // out.itemsize) + 1  # at most, that a mask has a part in
-        programs_per_mask = triton.cdiv(tiles, TILES_PER_PROGRAM)
-        with on_device_of(masks):
-            _paste_masks_kernel[(len(masks) * programs_per_mask,)](
-                masks.contiguous(),
-                boxes.to(torch.promote_types(boxes.dtype, torch.float32)).contiguous(),
-                out.view(integers),
-                programs_per_mask,
-                height,
-                width,
-                float64_bits(threshold or 0.0),
-                M=masks.shape[-1],
-                PADDING=int(convention == "torchvision"),
-                PROBABILITIES=threshold is None,
-                BITS=8 * out.itemsize,
-                WORDS=tile // max(out.itemsize, 4),
-                TILES=TILES_PER_PROGRAM,
-                num_warps=NUM_WARPS,
-                enable_fp_fusion=False,
-            )
+def _launch_paste_masks(masks: Tensor, boxes: Tensor, spec: PasteSpec) -> Tensor:
+    dtype = masks.dtype if spec.threshold is None else torch.bool
+    out = torch.empty(len(masks), spec.height, spec.width, dtype=dtype, device=masks.device)
+    if not out.numel():
+        return out
+    integers = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32, 8: torch.uint64}[out.itemsize]
+    tile = NUM_WARPS * 32 * 16  # bytes
+    tiles = ceil_div(spec.height * spec.width - 1, tile // out.itemsize) + 1  # at most this many overlap a mask
+    programs_per_mask = ceil_div(tiles, TILES_PER_PROGRAM)
+    with on_device_of(masks):
+        _paste_masks_kernel[(len(masks) * programs_per_mask,)](
+            masks.contiguous(),
+            boxes.to(torch.promote_types(boxes.dtype, torch.float32)).contiguous(),
+            out.view(integers),
+            programs_per_mask,
+            spec.height,
+            spec.width,
+            float64_bits(spec.threshold or 0.0),
+            M=masks.shape[-1],
+            PADDING=int(spec.convention == "torchvision"),
+            PROBABILITIES=spec.threshold is None,
+            BITS=8 * out.itemsize,
+            WORDS=tile // max(out.itemsize, 4),
+            TILES=TILES_PER_PROGRAM,
+            COMPUTE=triton_dtype(masks.dtype),
+            num_warps=NUM_WARPS,
+            enable_fp_fusion=False,
+        )
     return out
 
 
-def _fake_paste_masks(
-    masks: Tensor, _boxes: Tensor, height: int, width: int, threshold: float | None, _convention: str
-) -> Tensor:
-    dtype = masks.dtype if threshold is None else torch.bool
-    return masks.new_empty(len(masks), height, width, dtype=dtype)
+def _fake_paste_masks(masks: Tensor, _boxes: Tensor, spec: PasteSpec) -> Tensor:
+    dtype = masks.dtype if spec.threshold is None else torch.bool
+    return masks.new_empty(len(masks), spec.height, spec.width, dtype=dtype)
 
 
 _paste_masks = register(
-    "paste_masks(Tensor masks, Tensor boxes, SymInt height, SymInt width, float? threshold, str convention) -> Tensor",
+    "paste_masks(Tensor masks, Tensor boxes, *spec) -> Tensor",
     reference=paste_masks_reference,
     launch=_launch_paste_masks,
     fake=_fake_paste_masks,
+    spec=PasteSpec,
 )
 
 
+@overridable
 def paste_masks(
     masks: Tensor,
     boxes: Tensor,
@@ -278,7 +291,7 @@ def paste_masks(
         masks: `[N, m, m]`, floating, mask probabilities inside each box.
         boxes: `[N, 4]`, floating, `(x1, y1, x2, y2)` in image pixels.
         image_size: `(height, width)` of the image, at most 2^30 pixels.
-        threshold: a pixel belongs to the mask when its interpolated probability is at least this, a number in
+        threshold: a pixel belongs to the mask if its interpolated probability is at least this, a number in
             [0, 1]; None returns the probabilities. They are 0 where the mask does not reach.
         convention: `"aligned"` samples at pixel centres over the box itself, as detectron2 does;
             `"torchvision"` gives the numbers of torchvision's `paste_masks_in_image`.
@@ -292,25 +305,22 @@ def paste_masks(
     Raises:
         ValueError: `masks` or `boxes` has another shape or they are on two devices, the image has a negative
             side or too many pixels, `threshold` is outside [0, 1], or `convention` is unknown.
-        TypeError: `masks` or `boxes` is not floating.
+        TypeError: `masks` or `boxes` is not a dense floating tensor, `image_size` is not two ints, `threshold` is
+            not a number, or `convention` is not a string.
 
     Source: He et al. 2017, Mask R-CNN, §3.1.
     """
+    check_tensor("masks", masks, floating=True)
+    check_tensor("boxes", boxes, floating=True)
     if masks.ndim != 3 or masks.shape[1] != masks.shape[2] or masks.shape[1] == 0:
         raise ValueError(f"masks: expected [N, m, m], got {list(masks.shape)}")
     if boxes.shape != (len(masks), 4):
         raise ValueError(f"boxes: expected [{len(masks)}, 4] to match masks, got {list(boxes.shape)}")
-    for name, tensor in (("masks", masks), ("boxes", boxes)):
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
-    if boxes.device != masks.device:
-        raise ValueError(f"boxes: expected a tensor on {masks.device} like masks, got {boxes.device}")
-    height, width = image_size
+    check_same_device("boxes", boxes, "masks", masks)
+    height, width = check_pair("image_size", image_size)
     if height < 0 or width < 0 or height * width > MAX_PIXELS:
-        raise ValueError(f"image_size: expected sides >= 0 and at most 2^30 pixels, got {tuple(image_size)}")
-    if threshold is not None and not 0 <= threshold <= 1:
-        raise ValueError(f"threshold: expected a number in [0, 1] or None, got {threshold}")
-    if convention not in CONVENTIONS:
-        raise ValueError(f"convention: expected one of {CONVENTIONS}, got {convention!r}")
+        raise ValueError(f"image_size: expected sides >= 0 and at most 2^30 pixels, got {(height, width)}")
+    threshold = None if threshold is None else check_fraction("threshold", threshold)
+    convention = check_choice("convention", convention, CONVENTIONS)
     # Detached: the operator has no gradient, and its probabilities must not claim to have one.
-    return _paste_masks(masks.detach(), boxes.detach(), height, width, threshold, convention)
+    return _paste_masks(masks.detach(), boxes.detach(), *PasteSpec(height, width, threshold, convention))

@@ -13,7 +13,7 @@ from tests.oracles import detectors
 
 pytestmark = pytest.mark.unpoisoned
 
-# Through the interpreter, a program of a kernel takes some 40 ms: an image and a number of boxes for a minute.
+# The interpreter takes about 40 ms for each program of a kernel: an image and a number of boxes for a minute.
 SIZE, PROPOSALS, DETECTIONS = (96, 64, 3) if INTERPRETED else (192, 300, 20)
 
 
@@ -32,7 +32,7 @@ def images(device):
 )
 def test_same_detections_before_and_after(name, device):
     if INTERPRETED and name.startswith("faster"):
-        name = "maskrcnn_resnet50_fpn_v2"  # rather one more with masks than a third path through the same kernels
+        name = "maskrcnn_resnet50_fpn_v2"  # another one with masks: Faster R-CNN adds no other kernel
     model = build(name).to(device)
     state = model.state_dict()
     with torch.inference_mode():
@@ -85,3 +85,16 @@ def test_only_this_model_is_touched_and_foreign_parts_stay():
 def test_other_models_are_named(call):
     with pytest.raises(TypeError, match="model: expected a torchvision two-stage detector, got Linear"):
         call(torch.nn.Linear(1, 1))
+
+
+@pytest.mark.reference_only
+@pytest.mark.filterwarnings("ignore:RCNN always returns a")
+def test_a_restored_model_can_be_scripted():
+    untouched, restored = (build("fasterrcnn_mobilenet_v3_large_fpn") for _ in range(2))
+    with torch.no_grad():
+        accelerate(restored)(images("cpu"))
+        restore(restored)
+        (_, expected), (_, actual) = (torch.jit.script(model)(images("cpu")) for model in (untouched, restored))
+    assert len(expected[0]["boxes"]) == DETECTIONS
+    for detections, others in zip(actual, expected, strict=True):
+        assert all(torch.equal(detections[key], value) for key, value in others.items())

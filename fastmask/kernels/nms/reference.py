@@ -1,9 +1,10 @@
-"""Greedy non-maximum suppression in plain torch, for CPU tensors: the reference of kernels/nms.py.
+"""Greedy non-maximum suppression in plain torch: the reference, and what runs on the CPU.
 
-Boxes are sorted by score and taken `BLOCK` at a time. Inside a block the greedy result is the only fixed
-point of "stays unless an earlier one that stays suppresses it", reached in as many steps as the longest chain
-of suppressions has links. What stays then meets all later boxes in one vectorised pass, which drops those
-that it suppresses. Groups (classes, segments) never meet; small ones are padded and solved many at a time.
+Boxes are sorted by score and processed `BLOCK` at a time. Inside a block the greedy result is the only fixed
+point of "a box stays unless an earlier box that stays suppresses it"; iterating finds it in as many steps as the
+longest chain of suppressions has links. The boxes that stay are then compared with all later boxes in one
+vectorised pass, which drops those that they suppress. Boxes of different groups (classes, segments) are never
+compared; small groups are padded and solved many at a time.
 
 Equal to torchvision's CPU operator bit for bit: the same operations on the same floats in the same order.
 """
@@ -11,26 +12,30 @@ Equal to torchvision's CPU operator bit for bit: the same operations on the same
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fastmask.kernels._runtime import compute_dtype
 
+if TYPE_CHECKING:
+    from fastmask.kernels.nms.op import NMSSpec
+
 BLOCK = 256  # with TILE: the fastest of {96, 128, 192, 256, 384} x {512, 1024, 2048} for 1000 and for 10,000 boxes
 TILE = 2048  # later boxes per pass, so that the pass's intermediates stay in cache; at least BLOCK
-SMALL = 512  # up to here, all pairs of a group at once: some waste, but few operations
+SMALL = 512  # a group of up to this many boxes is solved with all its pairs at once: some waste, few operations
 
 
 @lru_cache(maxsize=64)
-def float32_at_most(value: float) -> float:
+def round_down_float32(value: float) -> float:
     """The largest float32 <= value: a float32 exceeds it iff it exceeds the float64 `value`."""
     nearest = torch.tensor(value, dtype=torch.float32, device="cpu")
     return (nearest.nextafter(nearest.new_tensor(-torch.inf)) if nearest.item() > value else nearest).item()
 
 
-def taking_part(scores: Tensor, counts: Tensor | None, score_threshold: float | None) -> Tensor | None:
-    """Which of `scores[B, N]` are considered at all; None means every one."""
+def valid_mask(scores: Tensor, counts: Tensor | None, score_threshold: float | None) -> Tensor | None:
+    """Which boxes of `scores[B, N]` take part, boolean `[B, N]`; None if all do."""
     valid = None
     if score_threshold is not None:
         valid = scores > score_threshold
@@ -58,9 +63,9 @@ def _suppresses(first: Tensor, second: Tensor, threshold: float, scratch: Tensor
     return torch.gt(intersection.div_(union), threshold, out=intersection)
 
 
-def _before(size: int, like: Tensor) -> Tensor:
-    """1.0 where row < column. Not `triu`, which wakes every thread for the smallest matrix."""
-    position = torch.arange(size, dtype=like.dtype)
+def _is_earlier(size: int, like: Tensor) -> Tensor:
+    """1.0 where row < column, `[size, size]`. `triu` starts every thread even for the smallest matrix."""
+    position = torch.arange(size, dtype=like.dtype, device=like.device)
     return torch.lt(position[:, None], position, out=like.new_empty(size, size))
 
 
@@ -75,25 +80,25 @@ def _fixed_point(suppresses: Tensor) -> Tensor:
 
 
 def _keep_small_groups(corners: Tensor, start: Tensor, size: Tensor, threshold: float, keep: Tensor) -> None:
-    step = torch.arange(int(size.max()))
-    absent = corners.shape[1] - 1  # a box of NaN: suppresses nothing, is suppressed by nothing
-    members = torch.where(step < size[:, None], start[:, None] + step, absent)
+    step = torch.arange(int(size.max()), device=corners.device)
+    padding = corners.shape[1] - 1  # a box of NaN: suppresses nothing, is suppressed by nothing
+    members = torch.where(step < size[:, None], start[:, None] + step, padding)
     many = max(1, SMALL * SMALL // len(step) ** 2)
     scratch = corners.new_empty(5 * min(many, len(size)) * len(step) ** 2)
-    before = _before(len(step), corners)
+    is_earlier = _is_earlier(len(step), corners)
     for some in members.split(many):
         boxes = corners[:, some]
-        keep[some] = _fixed_point(_suppresses(boxes, boxes, threshold, scratch).mul_(before))
+        keep[some] = _fixed_point(_suppresses(boxes, boxes, threshold, scratch).mul_(is_earlier))
 
 
 def _keep_large_group(corners: Tensor, threshold: float, keep: Tensor) -> None:
-    position = torch.arange(corners.shape[1])
+    position = torch.arange(corners.shape[1], device=corners.device)
     scratch = corners.new_empty(5 * BLOCK * TILE)
-    before = _before(BLOCK, corners)
+    is_earlier = _is_earlier(BLOCK, corners)
     while len(position):
         block, later = corners[:, :BLOCK], corners[:, BLOCK:]
         size = block.shape[1]
-        stays = _fixed_point(_suppresses(block, block, threshold, scratch).mul_(before[:size, :size]))
+        stays = _fixed_point(_suppresses(block, block, threshold, scratch).mul_(is_earlier[:size, :size]))
         keep[position[:size]] = stays
         if not later.shape[1]:
             break
@@ -110,11 +115,11 @@ def _corners_and_area(boxes: Tensor) -> Tensor:
 
 
 def _keep(boxes: Tensor, group: Tensor | None, threshold: float) -> Tensor:
-    """Which of `boxes[M, 4]`, sorted by score, stay when only boxes of one `group[M]` can meet."""
+    """Which of `boxes[M, 4]`, sorted by score, stay, where boxes can only suppress others of their `group[M]`."""
     boxes = boxes.to(compute_dtype(boxes.dtype))
     if boxes.dtype == torch.float32:
-        threshold = float32_at_most(threshold)
-    keep = torch.zeros(len(boxes) + 1, dtype=torch.bool)  # one more, where the padding of groups goes
+        threshold = round_down_float32(threshold)
+    keep = torch.zeros(len(boxes) + 1, dtype=torch.bool, device=boxes.device)  # the last is for the groups' padding
     if group is None or not len(boxes):
         _keep_large_group(_corners_and_area(boxes), threshold, keep)
         return keep[:-1]
@@ -132,25 +137,20 @@ def _keep(boxes: Tensor, group: Tensor | None, threshold: float) -> Tensor:
 
 
 def nms_reference(boxes: Tensor, scores: Tensor, classes: Tensor | None, iou_threshold: float) -> Tensor:
+    """Indices of the kept boxes by falling score, of `boxes[N, 4]`, `scores[N]` and `classes[N]`."""
     order = scores.sort(descending=True, stable=True).indices
     group = None if classes is None else classes[order]
     return order[_keep(boxes[order], group, iou_threshold)]
 
 
 def nms_padded_reference(
-    boxes: Tensor,
-    scores: Tensor,
-    classes: Tensor | None,
-    counts: Tensor | None,
-    iou_threshold: float,
-    score_threshold: float | None,
-    max_output: int,
+    boxes: Tensor, scores: Tensor, classes: Tensor | None, counts: Tensor | None, spec: NMSSpec
 ) -> tuple[Tensor, Tensor]:
     """All segments as one sorted list of boxes, grouped by segment and class."""
-    batch = len(boxes)
-    valid = taking_part(scores, counts, score_threshold)
+    batch, device = len(boxes), boxes.device
+    valid = valid_mask(scores, counts, spec.score_threshold)
     valid = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid
-    segment, index = valid.nonzero(as_tuple=True)  # the sort is dear: first drop what takes no part
+    segment, index = valid.nonzero(as_tuple=True)  # drops invalid boxes before the sort, which is expensive
     order = scores[segment, index].sort(descending=True, stable=True).indices
     if batch > 1:
         order = order[segment[order].sort(stable=True).indices]
@@ -160,21 +160,22 @@ def nms_padded_reference(
     if classes is not None:
         names, group = classes[segment, index].unique(return_inverse=True)
         group += segment * len(names)
-    considered = segment.bincount(minlength=batch)
-    rank = torch.arange(len(segment)) - (considered.cumsum(0) - considered)[segment]
+    num_valid = segment.bincount(minlength=batch)
+    rank = torch.arange(len(segment), device=device) - (num_valid.cumsum(0) - num_valid)[segment]
 
-    # What is kept depends on better scores only, so a prefix of each segment that fills its output is enough.
-    depth = max(1024, 4 * max_output)
+    # Whether a box is kept depends on better scores only, so a prefix of each segment that fills its output is enough.
+    depth = max(1024, 4 * spec.max_output)
     while True:
         top = (rank < depth).nonzero()[:, 0]
-        kept = top[_keep(boxes[segment[top], index[top]], None if group is None else group[top], iou_threshold)]
+        group_of_top = None if group is None else group[top]
+        kept = top[_keep(boxes[segment[top], index[top]], group_of_top, spec.iou_threshold)]
         count = segment[kept].bincount(minlength=batch)
-        if ((count >= max_output) | (considered <= depth)).all():
+        if ((count >= spec.max_output) | (num_valid <= depth)).all():
             break
         depth *= 4
 
-    place = torch.arange(len(kept)) - (count.cumsum(0) - count)[segment[kept]]
-    kept, place = kept[place < max_output], place[place < max_output]
-    indices = torch.full((batch, max_output), -1)
+    place = torch.arange(len(kept), device=device) - (count.cumsum(0) - count)[segment[kept]]
+    kept, place = kept[place < spec.max_output], place[place < spec.max_output]
+    indices = torch.full((batch, spec.max_output), -1, dtype=torch.int64, device=device)
     indices[segment[kept], place] = index[kept]
-    return indices, count.clamp(max=max_output)
+    return indices, count.clamp(max=spec.max_output)
