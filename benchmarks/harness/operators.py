@@ -1,7 +1,7 @@
 """What the project knows of its operators, declared once each.
 
-`benchmarks/bench_<operator>.py` has `OPERATOR = Operator(...)`. The compile report and the tests of GPUs, random inputs,
-wrong arguments and the package go through these declarations and name no operator themselves.
+`benchmarks/bench_<operator>.py` has `OPERATOR = Operator(...)`. The compile report and the tests of GPUs, random
+inputs, wrong arguments and the package go through these declarations and name no operator themselves.
 """
 
 from __future__ import annotations
