@@ -1,7 +1,7 @@
 """Detections in images: `python -m models.predict --checkpoint FILE IMAGE...`.
 
-For each NAME.jpg, writes NAME.detections.jpg, with the detections drawn, and NAME.detections.json, beside the image or in
-`--output`. Coordinates are pixels of the image turned upright by its EXIF orientation.
+For each NAME.jpg, writes NAME.detections.jpg, with the detections drawn, and NAME.detections.json, beside the image or
+in `--output`. Coordinates are pixels of the image turned upright by its EXIF orientation.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Batches for training and images for evaluation, read by worker processes.
 
-The path of a training image: in a worker process, `CocoDataset` reads it with its target, `Augmentation` flips and resizes
-both, and `_collate` joins them to a `Batch`; in the main process, `_check_batch` reports bad images.
+The path of a training image: in a worker process, `CocoDataset` reads it with its target, `Augmentation` flips and
+resizes both, and `_collate` joins them to a `Batch`; in the main process, `_check_batch` reports bad images.
 """
 
 from __future__ import annotations
