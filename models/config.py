@@ -174,7 +174,7 @@ class DataConfig:
     """COCO's own layout: `root/annotations/<annotations>_<split>.json` beside `root/<split>/*.jpg`."""
 
     root: Path | None = None  # none: shapes are generated into ./runs/shapes
-    annotations: str = "instances"  # person_keypoints has the keypoints
+    annotations: str = "instances"  # or person_keypoints, which has the keypoints
     train: str = "train2017"
     val: str = "val2017"
     train_min_sizes: tuple[int, ...] = (800,)  # §3.1; appendix B draws one of 640..800 for each image
@@ -188,17 +188,17 @@ class SolverConfig:
 
     iterations: int = 160_000  # §3.1
     images_per_gpu: int = 2  # §3.1: 8 GPUs make the mini-batch of 16
-    lr: float = 0.02  # §3.1, for 16 images in a step; scaled in proportion to how many there are
+    lr: float = 0.02  # §3.1, for 16 images in a step; scaled in proportion to the number of images
     momentum: float = 0.9  # §3.1
     weight_decay: float = 1e-4  # §3.1
-    steps: tuple[int, ...] = (120_000,)  # §3.1: iterations after which lr is multiplied by gamma
+    steps: tuple[int, ...] = (120_000,)  # §3.1: iterations from which lr is multiplied by gamma once more
     gamma: float = 0.1  # §3.1
     warmup: int = 500  # Detectron: iterations of linear growth up to lr
     warmup_factor: float = 1 / 3  # of lr, at the first iteration
-    accumulate: int = 1  # mini-batches whose gradients one step adds up
+    accumulate: int = 1  # mini-batches in a step, whose gradients are averaged
     amp: bool = True  # bfloat16 on CUDA; the CPU stays in float32
-    deterministic: bool = False  # on CUDA, the same bits in each run; the CPU always gives them
-    clip_norm: float | None = None  # largest norm of the gradient; the paper does not clip
+    deterministic: bool = False  # the same bits in every run on CUDA too, as always on the CPU
+    clip_norm: float | None = None  # maximum norm of the gradient; the paper does not clip
     seed: int = 0
     evaluate_every: int = 10_000  # iterations
     checkpoint_every: int = 1000
@@ -207,14 +207,14 @@ class SolverConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that `python -m models.train` does."""
+    """The settings of `python -m models.train`."""
 
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     solver: SolverConfig = SolverConfig()
     output: Path = Path("runs/train")  # checkpoints, logs and results
     on_error: Literal["raise", "skip"] = "raise"  # a bad image or annotation stops, or is counted and left out
-    weights: str | None = "imagenet"  # to start from: torchvision's of that name, a file, or none
+    weights: str | None = "imagenet"  # initial ones: "imagenet" for torchvision's backbone, a file, or none
     resume: bool = False  # continue from the last checkpoint in `output`, bit for bit
 
 

@@ -1,4 +1,4 @@
-"""The processes that `torchrun` started, if it did: who this one is, and objects between them."""
+"""The processes of a `torchrun`: rank, size, and communication. Without `torchrun`, there is one process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ T = TypeVar("T")
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Joins the other processes, each on its own GPU where there are any; a process of its own joins nobody."""
+    """Join the process group for the duration of the context, each process on its own GPU if there are any.
+
+    Does nothing if the process was not started by `torchrun`.
+    """
     if not dist.is_torchelastic_launched():
         yield
         return
@@ -29,21 +32,27 @@ def process_group() -> Iterator[None]:
 
 
 def rank() -> int:
+    """The index of this process; 0 without `torchrun`."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world() -> int:
+    """The number of processes; 1 without `torchrun`."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def say(text: str) -> None:
-    """Prints, in the first process alone."""
+    """Print, in the first process only."""
     if rank() == 0:
         print(text, flush=True)
 
 
 def gather(value: T) -> list[T]:
-    """Every process's value in the order of ranks; an empty list on all ranks but the first."""
+    """Collect a value from every process.
+
+    Returns:
+        In the first process, the values in the order of ranks; in the others, an empty list.
+    """
     if not dist.is_initialized():
         return [value]
     values: list[Any] | None = [None] * world() if rank() == 0 else None
@@ -52,7 +61,7 @@ def gather(value: T) -> list[T]:
 
 
 def broadcast(value: T) -> T:
-    """The first rank's value."""
+    """The first process's value, in every process."""
     if dist.is_initialized():
         values = [value]
         dist.broadcast_object_list(values)
@@ -61,8 +70,14 @@ def broadcast(value: T) -> T:
 
 
 def mean_count(count: torch.Tensor) -> torch.Tensor:
-    """The mean of a number of samples over the processes, at least 1 over all: what a loss of sums is divided by, so
-    that gradients averaged over processes are those of one process with all the images."""
+    """The mean over the processes of a number of samples; at least 1 / (number of processes).
+
+    Each process divides its sum of losses by this. The gradients, averaged over the processes, are then those of one
+    process that has all the images.
+
+    Args:
+        count: scalar tensor, the number of this process's samples.
+    """
     if not dist.is_initialized():
         return count.clamp(min=1)
     total = count.clone()
@@ -71,13 +86,13 @@ def mean_count(count: torch.Tensor) -> torch.Tensor:
 
 
 def barrier() -> None:
-    """Waits for all processes."""
+    """Wait until every process has called this."""
     if dist.is_initialized():
         dist.barrier()
 
 
 def broadcast_buffers(module: torch.nn.Module) -> None:
-    """The first rank's buffers, in all."""
+    """Copy the first process's buffers, such as batch-norm statistics, to every process, in place."""
     if dist.is_initialized():
         for buffer in module.buffers():
             dist.broadcast(buffer, 0)

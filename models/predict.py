@@ -1,7 +1,7 @@
-"""Detections of pictures: `python -m models.predict --checkpoint FILE IMAGE...`.
+"""Detections in images: `python -m models.predict --checkpoint FILE IMAGE...`.
 
-Beside NAME.jpg, or in `--output`, come NAME.detections.jpg, drawn, and NAME.detections.json, in the picture's pixels
-as its EXIF orientation shows it.
+For each NAME.jpg, writes NAME.detections.jpg, with the detections drawn, and NAME.detections.json, beside the image or
+in `--output`. Coordinates are pixels of the image turned upright by its EXIF orientation.
 """
 
 from __future__ import annotations
@@ -17,57 +17,61 @@ import tyro
 from torchvision.transforms.v2.functional import to_pil_image
 from tqdm import tqdm
 
+from models.coco_eval import Detector, coco_results
 from models.data.image_io import read_image
 from models.data.problems import DataError
-from models.evaluate import Detector, coco_results
 from models.structures import Category, Detections
 from models.visualize import draw
 from models.weights.checkpoint import load_model
 
 SUFFIXES = {".jpg", ".jpeg", ".png"}
-MARK = ".detections"  # in the names of what is written: never an input
+MARK = ".detections"  # in the names of output files, which are never input
 
 
 @dataclass(frozen=True)
 class PredictConfig:
-    """Detects in pictures; writes NAME.detections.jpg (or .png, of a PNG) and NAME.detections.json of each."""
+    """Detect in images; writes NAME.detections.jpg (.png for a PNG) and NAME.detections.json for each."""
 
-    images: tyro.conf.Positional[tuple[Path, ...]]  # pictures, and folders of them
+    images: tyro.conf.Positional[tuple[Path, ...]]  # images, and folders of images
     checkpoint: Path
-    output: Path | None = None  # a folder; none: beside each picture
+    output: Path | None = None  # a folder; none: beside each image
     score_threshold: float = 0.5
-    on_error: Literal["raise", "skip"] = "raise"  # an unreadable picture stops, or is listed at the end
+    on_error: Literal["raise", "skip"] = "raise"  # an unreadable image stops, or is listed at the end
 
 
 def predict(
     model: Detector,
     categories: Sequence[Category],
-    pictures: Sequence[Path],
+    images: Sequence[Path],
     output: Path | None = None,
     *,
     score_threshold: float = 0.5,
     on_error: Literal["raise", "skip"] = "raise",
 ) -> list[DataError]:
-    """Detects in each picture and writes what is found.
+    """Detect in each image, and write the detections as a drawing and as JSON.
 
     Args:
         model: in evaluation mode.
         categories: label k is `categories[k - 1]`.
-        pictures: from `find_pictures`.
-        output: a folder, made if need be; beside each picture if None.
-        score_threshold: lowest score that is written.
-        on_error: whether an unreadable picture raises, or is left out and returned.
+        images: files, from `find_images`.
+        output: a folder, created if it does not exist; None writes beside each image.
+        score_threshold: the lowest score that is written.
+        on_error: "raise" stops at an unreadable image, "skip" leaves it out.
 
     Returns:
-        What could not be read, each error naming its file.
+        One error for each image left out; it names the file.
+
+    Raises:
+        DataError: An image is unreadable, unless `on_error` is "skip".
+        ValueError: Two images have the same output file.
     """
-    targets = _targets(pictures, output)
+    targets = _targets(images, output)
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
     errors: list[DataError] = []
-    for picture, target in tqdm(targets.items(), desc="predict", unit="image"):
+    for path, target in tqdm(targets.items(), desc="predict", unit="image"):
         try:
-            image = read_image(picture)
+            image = read_image(path)
         except DataError as error:
             if on_error == "raise":
                 raise
@@ -76,53 +80,64 @@ def predict(
         (detections,) = model.detect([image])
         detections = detections[detections.scores >= score_threshold]
         drawn = to_pil_image(draw(image, detections, categories))
-        suffix = ".png" if picture.suffix.lower() == ".png" else ".jpg"
+        suffix = ".png" if path.suffix.lower() == ".png" else ".jpg"
         drawn.save(target.with_name(target.name + suffix), quality=92)
-        text = json.dumps(describe(detections, categories, picture.name))
+        text = json.dumps(describe(detections, categories, path.name))
         target.with_name(target.name + ".json").write_text(text)
     return errors
 
 
-def find_pictures(paths: Iterable[Path]) -> list[Path]:
-    """The pictures among files and in folders, not in theirs, without those that `predict` has written."""
-    pictures = []
+def find_images(paths: Iterable[Path]) -> list[Path]:
+    """The image files to detect in, without duplicates and without output files of `predict`.
+
+    Args:
+        paths: files, and folders, whose images are taken but not those of their subfolders.
+    """
+    images = []
     for path in paths:
         if path.is_dir():
-            pictures += sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+            images += sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
         else:
-            pictures.append(path)
-    return [picture for picture in dict.fromkeys(pictures) if not picture.stem.endswith(MARK)]
+            images.append(path)
+    return [image for image in dict.fromkeys(images) if not image.stem.endswith(MARK)]
 
 
 def describe(detections: Detections, categories: Sequence[Category], name: str) -> dict[str, Any]:
-    """A picture's detections for JSON: COCO's fields, bbox being x, y, width and height, and the category's name."""
+    """One image's detections as JSON content: the fields of COCO's results, and the names of categories.
+
+    Args:
+        detections: in pixels of the image.
+        categories: label k is `categories[k - 1]`.
+        name: of the image file.
+    """
     height, width = detections.image_size
     names = {category.id: category.name for category in categories}
-    found = [{"category": names[entry["category_id"]], **entry} for entry in coco_results(detections, categories)]
-    return {"image": name, "height": height, "width": width, "detections": found}
+    entries = [{"category": names[result["category_id"]], **result} for result in coco_results(detections, categories)]
+    return {"image": name, "height": height, "width": width, "detections": entries}
 
 
-def _targets(pictures: Iterable[Path], output: Path | None) -> dict[Path, Path]:
-    """Where each picture's results go, without the suffix."""
+def _targets(images: Iterable[Path], output: Path | None) -> dict[Path, Path]:
+    """The output path of each image, without a suffix."""
     sources: dict[Path, Path] = {}
-    for picture in pictures:
-        target = (output or picture.parent) / (picture.stem + MARK)
+    for image in images:
+        target = (output or image.parent) / (image.stem + MARK)
         if target in sources:
-            raise ValueError(f"pictures: expected one for {target}, got {sources[target]} and {picture}")
-        sources[target] = picture
-    return {picture: target for target, picture in sources.items()}
+            raise ValueError(f"images: expected one for {target}, got {sources[target]} and {image}")
+        sources[target] = image
+    return {image: target for target, image in sources.items()}
 
 
 def main(config: PredictConfig) -> None:
-    pictures = find_pictures(config.images)
-    if not pictures:
-        sys.exit(f"images: expected pictures or folders with some, got none in {[*map(str, config.images)]}")
+    """Detect in the images that the command line names, and exit with an error if any was left out."""
+    images = find_images(config.images)
+    if not images:
+        sys.exit(f"images: expected images or folders with some, got none in {[*map(str, config.images)]}")
     model, categories = load_model(config.checkpoint)
     try:
         errors = predict(
             model,
             categories,
-            pictures,
+            images,
             config.output,
             score_threshold=config.score_threshold,
             on_error=config.on_error,
@@ -130,7 +145,7 @@ def main(config: PredictConfig) -> None:
     except DataError as error:
         sys.exit(f"error: {error}")
     if errors:
-        sys.exit("\n".join([f"{len(errors)} of {len(pictures)} pictures left out:", *map(str, errors)]))
+        sys.exit("\n".join([f"{len(errors)} of {len(images)} images left out:", *map(str, errors)]))
 
 
 if __name__ == "__main__":

@@ -7,14 +7,26 @@ from typing import Any
 import torch
 from pycocotools import mask as coco_mask
 
+from models.marks import mark
 from models.structures import Detections
 
-# Of pasted masks held at a time: 31 of 800 x 1333, out of up to 100 in an image.
+# The most memory for pasted masks at a time: 31 masks of 800 x 1333, where an image has up to 100.
 PASTE_BYTES = 32 * 2**20
 
 
+@mark("RLE")
 def encode_masks(detections: Detections) -> list[dict[str, Any]]:
-    """COCO's compressed run-length encoding of each pasted mask, `counts` as text. Holds `PASTE_BYTES` of them."""
+    """Paste the masks of one image and encode them in COCO's compressed run-length encoding.
+
+    Masks are pasted in slices of at most `PASTE_BYTES`, but of at least one mask. Each slice is copied to the CPU,
+    which synchronises.
+
+    Args:
+        detections: with mask probabilities.
+
+    Returns:
+        For each detection `{"size": [H, W], "counts": text}`.
+    """
     height, width = detections.image_size
     step = max(1, PASTE_BYTES // (height * width))
     encoded = []

@@ -3,39 +3,44 @@
     python -m models.train R-50-FPN --data.root COCO --output runs/x
     torchrun --nproc-per-node 8 -m models.train R-50-FPN --data.root COCO --output runs/x
 
-The numbers of `models.config.TrainConfig` are options; `python -m models.train R-50-FPN --help` lists them with the
-preset's values. Without `--data.root`, shapes are generated and learnt.
+Every field of `models.config.TrainConfig` is an option; `python -m models.train R-50-FPN --help` lists them with the
+preset's values. Without `--data.root`, a data set of shapes is generated to train on.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 
 import torch
 import tyro
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.models import get_model_weights
 
-from models import distributed
-from models import preprocess as pictures
-from models.config import InputConfig, ModelConfig, SolverConfig, TrainConfig
+from models import distributed, preprocess
+from models.coco_eval import Metrics, evaluate
+from models.config import InputConfig, SolverConfig, TrainConfig
 from models.data.coco import CocoDataset
+from models.data.datasets import adapt_to_dataset, open_dataset
 from models.data.loader import Batch, train_loader
-from models.evaluate import evaluate, open_dataset
 from models.network.mask_rcnn import MaskRCNN
 from models.presets import PRESETS
+from models.stages import Stage, end_to_end, total_iterations
+from models.structures import Category, Target
 from models.train_log import TrainLog
 from models.weights import checkpoint
 
-LAST = "last.pth"  # with the state of training: what --resume continues from
+LAST = "last.pth"  # the weights and the state of training, for --resume
 FINAL = "model.pth"
-BATCH = 16  # images, for which `SolverConfig.lr` is given (§3.1)
-IMAGENET = {
+REFERENCE_BATCH = 16  # images in a step, for which `SolverConfig.lr` is given (§3.1)
+IMAGENET = {  # torchvision's names by depth, groups and width per group
     (18, 1, 64): "resnet18",
     (34, 1, 64): "resnet34",
     (50, 1, 64): "resnet50",
@@ -46,185 +51,277 @@ IMAGENET = {
 
 
 class NonFiniteLossError(RuntimeError):
-    """A loss, or the gradient's norm, of NaN or infinity. The weights are those of the last step."""
+    """A loss or the norm of the gradient is NaN or infinite. The weights are those after the last step."""
 
 
 def train(config: TrainConfig) -> None:
-    """Train, in this process or in all that `torchrun` has started, and write `model.pth` into `config.output`."""
-    solver, rank, world = config.solver, distributed.rank(), distributed.world()
-    last = config.output / LAST
-    if last.exists() and not config.resume:
-        raise FileExistsError(f"output: expected a new folder, or --resume to go on with {last}, which exists")
+    """Train in this process, or in all that `torchrun` has started, and write `model.pth` into `config.output`.
 
+    Raises:
+        FileExistsError: The output folder has a checkpoint and `config.resume` is not set.
+        DataError: Bad data, unless `config.on_error` is "skip".
+        NonFiniteLossError: A loss or the gradient is not finite.
+        ValueError: The weights or the checkpoint do not fit the model or this run.
+    """
+    solver, last = config.solver, config.output / LAST
+    if last.exists() and not config.resume:
+        raise FileExistsError(f"output: expected a new folder, or --resume to continue, got one with {last}")
     dataset = open_dataset(config.data, config.model, config.on_error, training=True)
     held_out = open_dataset(config.data, config.model, config.on_error)
-    config = replace(config, model=fitted(config.model, dataset))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = replace(config, model=adapt_to_dataset(config.model, dataset))
 
     torch.manual_seed(solver.seed)
     model = MaskRCNN(config.model)
-    # What the order of the images depends on.
-    order = {
-        "seed": solver.seed,
-        "processes": world,
-        "images_per_gpu": solver.images_per_gpu,
-        "accumulate": solver.accumulate,
-    }
     if config.resume:
-        state = resume(model, last, order)
+        progress = resume(model, last, image_order(solver))
     else:
         start_from(model, config.weights)
-        state = {"iteration": 0, "optimizer": None}
+        progress = Progress()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device).train()
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(parameters, solver.lr, solver.momentum, weight_decay=solver.weight_decay)
-    if state["optimizer"]:
-        optimizer.load_state_dict(state["optimizer"])
-    network = DistributedDataParallel(model) if world > 1 else model
+    learnable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
-    images_per_step = solver.images_per_gpu * world * solver.accumulate
-    lr = solver.lr * images_per_step / BATCH
-    distributed.say(
-        f"learning rate {solver.lr} for {BATCH} images: {lr:g} for {images_per_step}, on {world} x {device.type}"
-    )
-    batches = iter(
-        train_loader(
-            dataset,
-            config.data,
-            solver.images_per_gpu,
-            max_size=config.model.input.max_size,
-            seed=solver.seed,
-            start=state["iteration"] * solver.accumulate,
-            rank=rank,
-            world=world,
-        )
-    )
-    with TrainLog(config, state["iteration"]) as log:
-        for iteration in range(state["iteration"], solver.iterations):
-            # A seed for each iteration: a checkpoint need not know what was drawn before.
-            torch.manual_seed((solver.seed * solver.iterations + iteration) * world + rank)
-            rate = lr * schedule(solver, iteration)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+    stages = end_to_end(solver)
+    total = total_iterations(stages)
+    done = total_iterations(stages[: progress.stage]) + progress.iteration
+    lr = scaled_learning_rate(solver, device)
+    batches = training_batches(dataset, config, done)
+    with TrainLog(config, total, done) as log:
+        for stage in stages[progress.stage :]:
+            learner = Learner(model, stage, learnable, config)
+            if progress.optimizer is not None:
+                learner.optimizer.load_state_dict(progress.optimizer)
+            for iteration in range(progress.iteration, stage.schedule.iterations):
+                seed_iteration(solver.seed, done, total)
+                rate = lr * stage.schedule.factor(iteration)
+                for losses in learner.step(list(islice(batches, solver.accumulate)), rate, done):
+                    log.add(losses)
+                done += 1
+                log.step(done, rate)
+                if done % solver.evaluate_every == 0 or done == total:
+                    log.metrics(done, evaluate_held_out(model, dataset.categories, held_out, config))
+                # After the evaluation: a run that is killed while it evaluates does so again when it is resumed.
+                if done % solver.checkpoint_every == 0 or done == total:
+                    state = Progress(progress.stage, iteration + 1, learner.optimizer.state_dict())
+                    save(last, model, dataset.categories, order=image_order(solver), **vars(state))
+            progress = Progress(progress.stage + 1)
 
-            for _ in range(solver.accumulate):
-                batch = next(batches)
-                with torch.autocast(device.type, torch.bfloat16, enabled=solver.amp and device.type == "cuda"):
-                    losses = network(*on_device(batch, config.model.input, device))
-                (sum(losses.values()) / solver.accumulate).backward()
-                values = dict(zip(losses, torch.stack(list(losses.values())).tolist(), strict=True))
-                image_ids = [target.image_id for target in batch.targets]
-                check_finite(values, iteration, image_ids)
-                log.add(values, len(batch.images) * world)
-
-            # Of all processes together: where one has met a loss that is not finite, none goes on.
-            norm = torch.nn.utils.clip_grad_norm_(parameters, solver.clip_norm or math.inf)
-            check_finite(values | {"gradient": norm.item()}, iteration, image_ids)
-            optimizer.step()
-            optimizer.zero_grad()
-
-            done = iteration + 1
-            log.step(done, rate)
-            if done % solver.evaluate_every == 0 or done == solver.iterations:
-                distributed.broadcast_buffers(model)  # each process has its own statistics of batch norm
-                model.eval()
-                metrics = evaluate(model, dataset.categories, held_out, config.data, config.output, amp=solver.amp)
-                model.train()
-                log.metrics(done, metrics)
-            # After the evaluation: a run that is killed during it evaluates when it is resumed.
-            if rank == 0 and (done % solver.checkpoint_every == 0 or done == solver.iterations):
-                state = {"iteration": done, "optimizer": optimizer.state_dict(), "order": order}
-                checkpoint.save(last, model, dataset.categories, **state)
-
-    if rank == 0:
-        checkpoint.save(config.output / FINAL, model, dataset.categories)
+    save(config.output / FINAL, model, dataset.categories)
     for problems in distributed.gather(dataset.problems):
         dataset.problems.merge(problems)
     distributed.say(f"{dataset.summary()}\n{held_out.summary()}\n{config.output / FINAL}")
 
 
-def fitted(config: ModelConfig, dataset: CocoDataset) -> ModelConfig:
-    """The model for a data set's classes and keypoints."""
-    config = replace(config, classes=len(dataset.categories))
-    if config.keypoint is None:
-        return config
-    return replace(config, keypoint=replace(config.keypoint, keypoints=len(dataset.keypoint_names)))
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come. A checkpoint holds these fields."""
+
+    stage: int = 0  # index in the list of stages
+    iteration: int = 0  # iterations of this stage that are done
+    optimizer: dict[str, Any] | None = None  # its state; None at the start of a stage
+
+
+class Learner:
+    """The optimiser of one stage, and its step."""
+
+    def __init__(
+        self, model: MaskRCNN, stage: Stage, learnable: Mapping[str, nn.Parameter], config: TrainConfig
+    ) -> None:
+        """Create the optimiser of the stage's trainable parameters.
+
+        Args:
+            model: in training mode, on the device to train on. The stage's choice of trainable parameters is applied.
+            stage: what to train.
+            learnable: the parameters that the model's config does not freeze, by name.
+            config: of the run.
+        """
+        solver = config.solver
+        self.stage = stage
+        self.solver = solver
+        self.input = config.model.input
+        self.parameters = stage.set_trainable(learnable)
+        self.device = self.parameters[0].device
+        self.optimizer = torch.optim.SGD(self.parameters, solver.lr, solver.momentum, weight_decay=solver.weight_decay)
+        self.network = DistributedDataParallel(model) if distributed.world() > 1 else model
+
+    def step(self, batches: Sequence[Batch], lr: float, iteration: int) -> list[dict[str, float]]:
+        """Accumulate the mean gradient of some mini-batches and update the weights.
+
+        Args:
+            batches: at least one.
+            lr: the learning rate.
+            iteration: named in errors.
+
+        Returns:
+            The losses of each mini-batch, by name.
+
+        Raises:
+            NonFiniteLossError: A loss or the gradient is not finite. The weights are as before.
+        """
+        losses = [self._backward(batch, len(batches), iteration) for batch in batches]
+        # With several processes, the gradient is already their mean: if it is not finite, all of them stop.
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.solver.clip_norm or math.inf)
+        check_finite(losses[-1] | {"gradient": norm.item()}, iteration, batches)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return losses
+
+    def _backward(self, batch: Batch, num_batches: int, iteration: int) -> dict[str, float]:
+        """Add the gradient of a mini-batch's losses, divided by the number of mini-batches; returns the losses."""
+        amp = self.solver.amp and self.device.type == "cuda"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=amp):
+            losses = self.stage.select_losses(self.network(*to_device(batch, self.input, self.device)))
+        values = torch.stack(list(losses.values()))
+        (values.sum() / num_batches).backward()
+        named = dict(zip(losses, values.tolist(), strict=True))
+        check_finite(named, iteration, [batch])
+        return named
 
 
 def start_from(model: MaskRCNN, weights: str | None) -> None:
-    """Load what training starts from, and say what of the model it leaves as it was drawn.
+    """Load the weights that training starts from, and print which parts of the model keep their random initialisation.
 
     Args:
-        model: freshly made.
-        weights: "imagenet": torchvision's weights of the backbone, which it fetches once; a file; or None.
+        model: newly constructed.
+        weights: "imagenet" for torchvision's weights of the backbone, which are downloaded once; a file; or None.
 
     Raises:
-        ValueError: the file does not fit, or there is none and normalisation depends on one.
+        ValueError: The file does not fit the model, the download fails, or `weights` is None and the model has
+            frozen layers, which would stay random.
     """
     backbone = model.config.backbone
     if weights is None:
         if backbone.norm == "frozen" or backbone.frozen_stages:
             raise ValueError(
                 "weights: expected 'imagenet' or a file, got None, which needs --model.backbone.norm batch"
-                " --model.backbone.frozen-stages 0: what is frozen has to come from somewhere"
+                " --model.backbone.frozen-stages 0: frozen layers need trained weights"
             )
         return
-    path = Path(weights)
-    if weights == "imagenet":
-        published = get_model_weights(IMAGENET[backbone.depth, backbone.groups, backbone.width_per_group])
-        path = Path(torch.hub.get_dir(), "checkpoints", Path(published.IMAGENET1K_V1.url).name)
-        try:
-            if distributed.rank() == 0 and not path.exists():
-                published.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True)
-        except URLError as error:
-            raise ValueError(
-                f"weights: expected {published.IMAGENET1K_V1.url} or --weights FILE, got {error}"
-            ) from error
-        distributed.barrier()
+    path = download_imagenet(model) if weights == "imagenet" else Path(weights)
     differences = checkpoint.load_weights(model, path)
     distributed.say(f"weights: {path}\n{differences}")
 
 
-def resume(model: MaskRCNN, path: Path, order: dict[str, int]) -> dict:
-    """Load a run's last checkpoint; returns its iteration and the optimiser's state.
+def download_imagenet(model: MaskRCNN) -> Path:
+    """The file of torchvision's ImageNet weights for the model's backbone; the first process downloads it.
 
     Raises:
-        ValueError: there is none, or it is of another model or another order of images.
+        ValueError: The download fails.
+    """
+    backbone = model.config.backbone
+    published = get_model_weights(IMAGENET[backbone.depth, backbone.groups, backbone.width_per_group])["IMAGENET1K_V1"]
+    path = Path(torch.hub.get_dir(), "checkpoints", Path(published.url).name)
+    try:
+        if distributed.rank() == 0 and not path.exists():
+            published.get_state_dict(progress=True, check_hash=True)
+    except URLError as error:
+        raise ValueError(f"weights: expected {published.url} or --weights FILE, got {error}") from error
+    distributed.barrier()
+    return path
+
+
+def resume(model: MaskRCNN, path: Path, order: dict[str, int]) -> Progress:
+    """Load a run's last checkpoint.
+
+    Args:
+        model: receives the weights.
+        path: of the checkpoint.
+        order: from `image_order`, of this run.
+
+    Raises:
+        ValueError: There is no checkpoint, or it is of another model or of a run with another order of images.
     """
     if not path.exists():
-        raise ValueError(f"resume: expected {path}, which is not there")
+        raise ValueError(f"resume: expected {path}, got no such file")
     state = checkpoint.load_training(model, path)
     if state["order"] != order:
         raise ValueError(f"resume: expected {state['order']} as before, got {order}")
-    return state
+    return Progress(state["stage"], state["iteration"], state["optimizer"])
 
 
-def schedule(solver: SolverConfig, iteration: int) -> float:
-    """What the learning rate is multiplied with: linear growth at first, and gamma once more after each step."""
-    grown = min(iteration / solver.warmup, 1.0) if solver.warmup else 1.0
-    factor = solver.warmup_factor + (1 - solver.warmup_factor) * grown
-    return factor * solver.gamma ** sum(iteration >= step for step in solver.steps)
+def image_order(solver: SolverConfig) -> dict[str, int]:
+    """The settings on which the order of the images depends: a resumed run must have the same."""
+    return {
+        "seed": solver.seed,
+        "processes": distributed.world(),
+        "images_per_gpu": solver.images_per_gpu,
+        "accumulate": solver.accumulate,
+    }
 
 
-def on_device(batch: Batch, config: InputConfig, device: torch.device) -> tuple[Tensor, Tensor, list]:
-    """Images, their sizes, and targets, as the model takes them."""
-    images = [image.to(device, non_blocking=True) for image in batch.images]
-    return *pictures.batch(images, config), [target.to(device, non_blocking=True) for target in batch.targets]
+def seed_iteration(seed: int, iteration: int, total: int) -> None:
+    """Seed the global generator for one iteration of this process, so that checkpoints need not store its state."""
+    torch.manual_seed((seed * total + iteration) * distributed.world() + distributed.rank())
 
 
-def check_finite(values: dict[str, float], iteration: int, image_ids: list[int]) -> None:
+def scaled_learning_rate(solver: SolverConfig, device: torch.device) -> float:
+    """Scale `solver.lr` in proportion to the number of images in a step, and print it."""
+    world = distributed.world()
+    images = solver.images_per_gpu * world * solver.accumulate
+    lr = solver.lr * images / REFERENCE_BATCH
+    distributed.say(
+        f"learning rate {solver.lr} for {REFERENCE_BATCH} images: {lr:g} for {images}, on {world} x {device.type}"
+    )
+    return lr
+
+
+def training_batches(dataset: CocoDataset, config: TrainConfig, iteration: int) -> Iterator[Batch]:
+    """This process's mini-batches from an iteration on, without end."""
+    solver = config.solver
+    loader = train_loader(
+        dataset,
+        config.data,
+        solver.images_per_gpu,
+        max_size=config.model.input.max_size,
+        seed=solver.seed,
+        start=iteration * solver.accumulate,
+        rank=distributed.rank(),
+        world=distributed.world(),
+    )
+    return iter(loader)
+
+
+def to_device(batch: Batch, config: InputConfig, device: torch.device) -> tuple[Tensor, Tensor, list[Target]]:
+    """The arguments of `MaskRCNN.forward` on a device: padded images, their sizes before padding, and targets."""
+    images, sizes = preprocess.batch([image.to(device, non_blocking=True) for image in batch.images], config)
+    return images, sizes, [target.to(device, non_blocking=True) for target in batch.targets]
+
+
+def check_finite(values: Mapping[str, float], iteration: int, batches: Sequence[Batch]) -> None:
+    """Raise a `NonFiniteLossError` if a value is NaN or infinite."""
     if not all(map(math.isfinite, values.values())):
+        image_ids = [target.image_id for batch in batches for target in batch.targets]
         raise NonFiniteLossError(
-            f"iteration {iteration}: {values} of images {image_ids}; the weights were not touched, and the last"
+            f"iteration {iteration}: {values} of images {image_ids}; the weights were not updated, and the last"
             " checkpoint is good"
         )
 
 
+def evaluate_held_out(
+    model: MaskRCNN, categories: Sequence[Category], held_out: CocoDataset, config: TrainConfig
+) -> Metrics:
+    """Average precision on the held-out images, with the batch-norm statistics of the first process in all."""
+    distributed.broadcast_buffers(model)
+    model.eval()
+    metrics = evaluate(model, categories, held_out, config.data, config.output, amp=config.solver.amp)
+    model.train()
+    return metrics
+
+
+def save(path: Path, model: MaskRCNN, categories: Sequence[Category], **training: Any) -> None:
+    """Write a checkpoint, in the first process only."""
+    if distributed.rank() == 0:
+        checkpoint.save(path, model, categories, **training)
+
+
 def main() -> None:
+    """Train the preset that the command line names, with its options."""
     presets = {name: ("", preset) for name, preset in PRESETS.items()}
     config = tyro.extras.overridable_config_cli(presets, config=(tyro.conf.AvoidSubcommands,))
     if config.solver.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by cuBLAS
         torch.use_deterministic_algorithms(True)
     with distributed.process_group():
         train(config)

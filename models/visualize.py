@@ -1,4 +1,4 @@
-"""Detections drawn on their picture: masks with contours, boxes, keypoints with their skeleton, names and scores."""
+"""Drawing of detections on their image: masks with contours, boxes, keypoints with skeletons, names and scores."""
 
 from __future__ import annotations
 
@@ -20,22 +20,25 @@ from models.structures import Category, Detections
 Colour = tuple[int, int, int]
 Rectangle = tuple[float, float, float, float]
 
-# The geometric mean of the sides, in pixels, below which a picture is enlarged: text needs some to be read.
+# Images whose geometric mean of height and width is smaller, in pixels, are enlarged, so that text is legible.
 LEGIBLE_SIZE = 480
 
 MASK_ALPHA = 0.45
 
 
 def draw(image: Tensor, detections: Detections, categories: Sequence[Category]) -> Tensor:
-    """The picture with its detections, the best on top.
+    """Draw detections on a copy of their image, the best on top.
 
     Args:
         image: `[3, H, W]` uint8 RGB.
-        detections: in the image's pixels; all of them are drawn.
+        detections: in pixels of the image; all of them are drawn.
         categories: label k is `categories[k - 1]`.
 
     Returns:
-        `[3, zoom * H, zoom * W]` uint8; small pictures are enlarged by a whole number.
+        `[3, zoom * H, zoom * W]` uint8; `zoom` is 1, or a larger integer for small images.
+
+    Raises:
+        ValueError: The image is not uint8 `[3, H, W]`, or not of the size that the detections are for.
     """
     if image.dtype != torch.uint8 or image.ndim != 3 or len(image) != 3:
         raise ValueError(f"image: expected uint8 [3, H, W], got {image.dtype} {list(image.shape)}")
@@ -47,11 +50,11 @@ def draw(image: Tensor, detections: Detections, categories: Sequence[Category]) 
 
     colours = [_colour(index) for index in range(len(detections))]
     if detections.mask_probabilities is not None:
-        for index in reversed(range(len(detections))):  # one at a time: a mask is as large as the picture
+        for index in reversed(range(len(detections))):  # one at a time: a mask is as large as the image
             _draw_mask(canvas, detections[index : index + 1].masks()[0], colours[index], line)
 
-    picture = to_pil_image(canvas)
-    pen = ImageDraw.Draw(picture)
+    drawing = to_pil_image(canvas)
+    pen = ImageDraw.Draw(drawing)
     boxes, labels = detections.boxes.tolist(), detections.labels.tolist()
     for index in reversed(range(len(detections))):
         x1, y1, x2, y2 = boxes[index]
@@ -67,10 +70,11 @@ def draw(image: Tensor, detections: Detections, categories: Sequence[Category]) 
     for box, label, score, colour in zip(boxes, labels, detections.scores.tolist(), colours, strict=True):
         text = f"{categories[label - 1].name} {score:.0%}"
         taken.append(_draw_label(pen, text, box, colour, font, taken))
-    return pil_to_tensor(picture)
+    return pil_to_tensor(drawing)
 
 
 def _enlarge(image: Tensor, detections: Detections) -> tuple[Tensor, Detections]:
+    """A copy of the image, enlarged by an integer if it is small, and the detections in its pixels."""
     height, width = image.shape[1:]
     zoom = math.ceil(LEGIBLE_SIZE / math.sqrt(height * width))
     if zoom == 1:
@@ -84,19 +88,19 @@ def _enlarge(image: Tensor, detections: Detections) -> tuple[Tensor, Detections]
 
 
 def _colour(index: int) -> Colour:
-    """Hues a golden section apart: however many there are, neighbours in rank differ."""
+    """A colour whose hue is a golden section away from the previous index's, so that neighbours in rank differ."""
     red, green, blue = colorsys.hsv_to_rgb(index * (math.sqrt(5) - 1) / 2 % 1, 0.85, 1.0)
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
 def _draw_mask(canvas: Tensor, mask: Tensor, colour: Colour, line: int) -> None:
-    """Tints the mask and draws its inner edge, in place, where the mask is: pictures may be large."""
+    """Tint a mask and draw its inner contour, in place; only the mask's bounding box is processed."""
     if not mask.any():
         return
     x1, y1, x2, y2 = masks_to_boxes(mask[None])[0].long().tolist()
     y, x = slice(max(y1 - line, 0), y2 + 1 + line), slice(max(x1 - line, 0), x2 + 1 + line)
     mask = mask[y, x]
-    near = (~mask).float()[None]  # max_pool2d pads with -infinity: the picture's border is no contour
+    near = (~mask).float()[None]  # max_pool2d pads with -infinity: the image's border is no contour
     for kernel in ((2 * line - 1, 1), (1, 2 * line - 1)):
         near = max_pool2d(near, kernel, 1, (kernel[0] // 2, kernel[1] // 2))
     contour = mask & near[0].bool()
@@ -111,7 +115,7 @@ def _draw_keypoints(
     colour: Colour,
     line: int,
 ) -> None:
-    """Limbs and joints in the instance's colour, edged so that they show on its mask as well."""
+    """Draw limbs and joints in the instance's colour, with black edges to stand out from its mask."""
     for width, fill in ((2 * line, "black"), (line, colour)):
         for start, end in skeleton:
             pen.line((*points[start], *points[end]), fill=fill, width=width)
@@ -127,17 +131,17 @@ def _draw_label(
     font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
     taken: Sequence[Rectangle],
 ) -> Rectangle:
-    """Writes on a plate in the box's colour, above the box, inside or below it: the first that hides no other plate.
+    """Write text on a plate in the box's colour: above, inside or below the box, where it covers no other plate.
 
     Returns:
         The plate.
     """
-    picture_width, picture_height = pen.im.size
+    image_width, image_height = pen.im.size
     left, top, right, bottom = pen.textbbox((0, 0), text, font=font)
     margin = max(1, round((bottom - top) / 6))
     width, height = right - left + 2 * margin, bottom - top + 2 * margin
-    x = min(max(box[0], 0), max(picture_width - width, 0))
-    places = [y for y in (box[1] - height, box[1], box[3], box[3] - height) if 0 <= y <= picture_height - height]
+    x = min(max(box[0], 0), max(image_width - width, 0))
+    places = [y for y in (box[1] - height, box[1], box[3], box[3] - height) if 0 <= y <= image_height - height]
     plates = [(x, y, x + width, y + height) for y in places or [0]]
     plate = next((p for p in plates if not any(_overlap(p, other) for other in taken)), plates[0])
     pen.rectangle(plate, fill=colour)

@@ -1,1 +1,1 @@
-"""COCO-format data: reading it, augmenting it, and making some."""
+"""Data sets in COCO's format: reading, augmentation, batches, and generated images."""

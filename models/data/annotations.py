@@ -1,4 +1,4 @@
-"""COCO's JSON, checked: what is used of it is well-formed and lies in its image, or the fault is named."""
+"""Reading and checking COCO's JSON. Every field in use is well-formed and lies in its image, or is reported."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ from models.structures import Category
 
 Entry = dict[str, Any]  # an object of the JSON
 
-TOLERANCE = 2.0  # pixels that an annotation may reach beyond its image, where tools round differently; it is clipped
+# Pixels by which an annotation may exceed its image, since tools round differently. Boxes are clipped later.
+TOLERANCE = 2.0
 
 
 def load(path: Path) -> dict[str, list[Entry]]:
-    """The lists of images, annotations and categories in a file.
+    """Read the lists of images, annotations and categories of a file.
 
     Raises:
-        DataError: there is no such file, it is not JSON, or not COCO's.
+        DataError: The file does not exist, is not JSON, or is not in COCO's format.
     """
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise DataError("missing file", f"{path}: expected COCO's annotations, got no such file") from None
-    except ValueError as error:  # of JSON or of UTF-8
+    except ValueError as error:  # invalid JSON or UTF-8
         raise DataError("not COCO", f"{path}: expected JSON, got {error}") from None
     if not isinstance(content, dict):
         raise DataError("not COCO", f"{path}: expected an object, got {type(content).__name__}")
@@ -41,10 +42,12 @@ def load(path: Path) -> dict[str, list[Entry]]:
 
 
 def check_categories(entries: list[Entry], path: Path) -> tuple[Category, ...]:
-    """Categories by rising id: label k is number k - 1. A fault raises always: no label could be trusted.
+    """Check the categories and sort them by id: label k is element k - 1.
+
+    Errors are never skipped, because no label could be trusted then.
 
     Raises:
-        DataError: an id, a name or a skeleton is malformed, or an id not unique.
+        DataError: An id, a name, a list of keypoints or a skeleton is malformed, or an id is not unique.
     """
     categories: dict[int, Category] = {}
     for position, entry in enumerate(entries):
@@ -61,18 +64,18 @@ def check_categories(entries: list[Entry], path: Path) -> tuple[Category, ...]:
     return tuple(categories[id] for id in sorted(categories))
 
 
-def _skeleton(pairs: Any, points: int) -> tuple[tuple[int, int], ...]:
+def _skeleton(pairs: Any, num_keypoints: int) -> tuple[tuple[int, int], ...]:
     try:
         skeleton = tuple((first - 1, second - 1) for first, second in pairs)  # COCO counts from 1
-        if all(0 <= point < points for pair in skeleton for point in pair):
+        if all(0 <= point < num_keypoints for pair in skeleton for point in pair):
             return skeleton
     except (TypeError, ValueError):
         pass
-    raise DataError("not COCO", f"skeleton: expected pairs of 1..{points}, got {_short(pairs)}")
+    raise DataError("not COCO", f"skeleton: expected pairs of 1..{num_keypoints}, got {_short(pairs)}")
 
 
 def check_images(entries: list[Entry], path: Path, problems: Problems) -> dict[int, Entry]:
-    """Id, file name, width and height of the usable images, by id."""
+    """The usable images by id, each with its id, file name, width and height. Bad ones go to `problems`."""
     images: dict[int, Entry] = {}
     for position, entry in enumerate(entries):
         try:
@@ -97,18 +100,18 @@ def check_annotations(
     categories: tuple[Category, ...],
     *,
     masks: bool,
-    points: int,
+    num_keypoints: int,
 ) -> dict[int, list[Entry]]:
-    """What is used of each usable annotation, for every image's id.
+    """The usable annotations of each image by the image's id, with only the fields in use.
 
     Args:
         entries: as in the file.
         path: of the file.
-        problems: where faults go.
-        images: as `check_images` gives them.
-        categories: as `check_categories` gives them.
+        problems: receives the bad annotations.
+        images: from `check_images`.
+        categories: from `check_categories`.
         masks: whether segmentations are used.
-        points: how many keypoints are used; 0 for none.
+        num_keypoints: the number of keypoints of an object; 0 if keypoints are not used.
     """
     annotations: dict[int, list[Entry]] = {id: [] for id in images}
     category_ids = {category.id for category in categories}
@@ -123,7 +126,7 @@ def check_annotations(
                 raise DataError("unknown image", "image_id: expected the id of a usable image of this file")
             if (category := _typed(entry, "category_id", int)) not in category_ids:
                 raise DataError("unknown category", f"category_id: expected a category of this file, got {category}")
-            annotations[image_id].append(_checked(entry, images[image_id], masks, points))
+            annotations[image_id].append(_checked(entry, images[image_id], masks, num_keypoints))
         except DataError as error:
             where = f"annotation {_short(entry.get('id'))} of image {_short(entry.get('image_id'))}"
             problems.add(DataError(error.kind, f"{path}: {where}: {error}"))
@@ -131,7 +134,7 @@ def check_annotations(
 
 
 def to_rle(segmentation: Any, height: int, width: int) -> Any:
-    """COCO's compressed RLE of polygons, an uncompressed or a compressed RLE."""
+    """Convert polygons, an uncompressed or a compressed RLE to COCO's compressed RLE of an image of this size."""
     if isinstance(segmentation, list):
         return coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
     if isinstance(segmentation["counts"], list):
@@ -139,15 +142,16 @@ def to_rle(segmentation: Any, height: int, width: int) -> Any:
     return segmentation
 
 
-def _checked(entry: Entry, image: Entry, masks: bool, points: int) -> Entry:
+def _checked(entry: Entry, image: Entry, masks: bool, num_keypoints: int) -> Entry:
+    """The fields in use of one annotation, checked; missing ones that can be derived are filled in."""
     height, width = image["height"], image["width"]
     used = {name: entry[name] for name in ("id", "image_id", "category_id")}
-    used["iscrowd"] = int(bool(entry.get("iscrowd", 0)))  # often left out by other tools, as is the area
+    used["iscrowd"] = int(bool(entry.get("iscrowd", 0)))  # other tools often omit it, and the area
     used["bbox"] = _box(entry.get("bbox"), height, width)
     if masks:
         used["segmentation"] = _segmentation(entry.get("segmentation"), height, width)
-    if points:
-        used["keypoints"] = _keypoints(entry.get("keypoints"), points, height, width)
+    if num_keypoints:
+        used["keypoints"] = _keypoints(entry.get("keypoints"), num_keypoints, height, width)
         used["num_keypoints"] = sum(visibility > 0 for visibility in used["keypoints"][2::3])
     if "area" in entry:
         (used["area"],) = _numbers("area", [entry["area"]])
@@ -163,7 +167,9 @@ def _box(box: Any, height: int, width: int) -> list[float]:
     if w <= 0 or h <= 0:
         raise DataError("zero-area box", f"bbox: expected a positive width and height, got {box}")
     inside = _within([x, x + w], width) and _within([y, y + h], height)
-    if not inside or x >= width or y >= height or x + w <= 0 or y + h <= 0:  # within tolerance, but all beyond the edge
+    if (
+        not inside or x >= width or y >= height or x + w <= 0 or y + h <= 0
+    ):  # a box beyond the edge may be within the tolerance
         raise DataError("outside the image", f"bbox: expected it in {width} x {height} pixels, got {box}")
     return box
 
@@ -178,7 +184,7 @@ def _segmentation(segmentation: Any, height: int, width: int) -> Any:
                 raise DataError(
                     "empty polygon", f"segmentation: expected x, y of 3 points or more, got {_short(polygon)}"
                 )
-            # Far outside it would also take memory without bound to draw.
+            # The memory to rasterise a polygon grows with its distance from the image.
             if not (_within(polygon[::2], width) and _within(polygon[1::2], height)):
                 wrong = _short(polygon)
                 raise DataError("outside the image", f"segmentation: expected {width} x {height} pixels, got {wrong}")
@@ -192,10 +198,10 @@ def _segmentation(segmentation: Any, height: int, width: int) -> Any:
     return segmentation
 
 
-def _keypoints(keypoints: Any, points: int, height: int, width: int) -> list[float]:
-    if keypoints is None:  # of a category that has none: none is labelled
-        return [0] * (3 * points)
-    _numbers("keypoints", keypoints, 3 * points)
+def _keypoints(keypoints: Any, num_keypoints: int, height: int, width: int) -> list[float]:
+    if keypoints is None:  # the category has none: all are unlabelled
+        return [0] * (3 * num_keypoints)
+    _numbers("keypoints", keypoints, 3 * num_keypoints)
     labelled = [(x, y) for x, y, v in zip(keypoints[::3], keypoints[1::3], keypoints[2::3], strict=True) if v]
     if not set(keypoints[2::3]) <= {0, 1, 2}:
         raise DataError("malformed keypoints", f"keypoints: expected visibilities of 0, 1, 2, got {keypoints[2::3]}")
@@ -205,7 +211,7 @@ def _keypoints(keypoints: Any, points: int, height: int, width: int) -> list[flo
 
 
 def _numbers(name: str, values: Any, count: int | None = None) -> list[float]:
-    try:  # the sum is the cheapest look at them all: finite only where each is, a number only where each is
+    try:  # the cheapest check of all values: their sum is a finite number only if each value is
         if isinstance(values, list) and len(values) == (count or len(values)) and math.isfinite(sum(values)):
             return values
     except (TypeError, OverflowError):
@@ -219,20 +225,20 @@ def _within(values: list[float], size: int) -> bool:
 
 
 def _fills(counts: Any, pixels: int) -> bool:
-    """Whether runs add up to an image: pycocotools would read or write beyond it, or leave a part as it was."""
+    """Whether the runs add up to the image's pixels. If not, pycocotools would access memory out of bounds."""
     if isinstance(counts, list):
         return all(type(count) is int and count >= 0 for count in counts) and sum(counts) == pixels
     if not isinstance(counts, str) or not counts or not counts.isascii():
         return False
-    # Each character has 5 bits of a number, low ones first, and a 6th where more follow. All but the first three
-    # numbers are differences from the last but one.
+    # Each character holds 5 bits of a number, the lowest first, and a 6th bit that is set if more follow. From the
+    # fourth on, each number is the difference from the last but one.
     codes = np.frombuffer(counts.encode(), np.uint8).astype(np.int64) - 48
     ends = np.flatnonzero(codes & 32 == 0)
     if codes.min() < 0 or codes.max() > 63 or not len(ends) or ends[-1] != len(codes) - 1:
         return False
     starts = np.concatenate([[0], ends[:-1] + 1])
     lengths = ends - starts + 1
-    if lengths.max() > 7:  # more than 32 bits
+    if lengths.max() > 7:  # a 32-bit number has at most 7 characters
         return False
     shifts = 5 * (np.arange(len(codes)) - np.repeat(starts, lengths))
     runs = np.add.reduceat((codes & 31) << shifts, starts)
@@ -244,7 +250,7 @@ def _fills(counts: Any, pixels: int) -> bool:
 
 def _typed(entry: Entry, name: str, kind: type) -> Any:
     value = entry.get(name)
-    if type(value) is not kind:  # nor a bool for an int
+    if type(value) is not kind:  # isinstance would accept a bool as an int
         raise DataError(f"malformed {name}", f"{name}: expected {kind.__name__}, got {_short(value)}")
     return value
 

@@ -1,4 +1,4 @@
-"""Data sets in COCO's format: COCO itself, and anybody's own."""
+"""Data sets in COCO's format: images with their ground truth."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from models.data.image_io import read_image
 from models.data.problems import DataError, Problems
 from models.structures import Target
 
-# COCO's keypoints are indices of pixels, ours are continuous as boxes are: the centre of pixel i is at i + 0.5.
-# What goes back into COCO's format has to subtract it.
+# COCO's keypoints are pixel indices. Here, keypoints and boxes are in continuous coordinates: the centre of pixel i is
+# at i + 0.5. The offset is added on reading, and subtracted from keypoints that are written in COCO's format.
 PIXEL_CENTRE = 0.5
 
 
 @contextlib.contextmanager
 def _no_garbage() -> Iterator[None]:
-    """Millions of small objects, all in use: Python's collector would look through them again and again."""
+    """Disable Python's garbage collector, which would traverse millions of new objects again and again."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -41,18 +41,18 @@ def _no_garbage() -> Iterator[None]:
 
 
 class CocoDataset(Dataset[tuple[Tensor, Target]]):
-    """Pictures with their ground truth, from `root/annotations/<annotations>_<split>.json` and `root/<split>/`.
+    """Images with their ground truth, from `root/annotations/<annotations>_<split>.json` and `root/<split>/`.
 
-    The annotations are checked here, before any work starts; pictures when they are read. What of the annotations is
-    bad is raised, or counted in `problems` and left out.
+    The constructor checks all annotations; images are checked when they are read. Bad annotations raise an error, or
+    are left out and counted in `problems`.
 
     Attributes:
-        categories: by rising id; label k is `categories[k - 1]`.
-        keypoint_names: of the category that has keypoints; empty unless `keypoints`.
-        image_ids: by index.
-        sizes: `[N, 2]` int64, (height, width) by index.
-        unannotated: number of images that training leaves out, having nothing to learn from.
-        problems: what was bad.
+        categories: in the order of their ids; label k is `categories[k - 1]`.
+        keypoint_names: of the category that has keypoints; empty unless `keypoints` is set.
+        image_ids: COCO's id of each image.
+        sizes: `[N, 2]` int64, (height, width) of each image.
+        unannotated: number of images left out of training because nothing can be learnt from them.
+        problems: the bad data so far.
     """
 
     @_no_garbage()
@@ -71,15 +71,16 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
 
         Args:
             root: folder of the data set.
-            split: such as "train2017": the folder of the pictures, and the end of the file's name.
-            annotations: the beginning of the file's name.
-            training: leave out images without an annotation to learn from, as is COCO's practice.
+            split: such as "train2017": the folder of the images, and the end of the annotation file's name.
+            annotations: the beginning of the annotation file's name.
+            training: leave out images without an annotation to learn from, as is usual for COCO.
             masks: whether targets have masks.
             keypoints: whether targets have keypoints.
-            on_error: what to do with bad annotations and pictures.
+            on_error: "raise" stops at bad annotations and images; "skip" leaves them out and counts them.
 
         Raises:
-            DataError: the file is missing or not COCO's, no image is left, or with "raise" anything is bad.
+            DataError: The file is missing or not in COCO's format, no image is left, or `on_error` is "raise" and an
+                annotation is bad.
         """
         self.folder = Path(root) / split
         self.path = Path(root) / "annotations" / f"{annotations}_{split}.json"
@@ -96,37 +97,37 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
             images,
             self.categories,
             masks=masks,
-            points=len(self.keypoint_names),
+            num_keypoints=len(self.keypoint_names),
         )
-        used = [image for id, image in images.items() if not training or self._teaches(by_image[id])]
-        if not used:
-            what = "an image with an annotation" if training else "an image"
-            raise DataError("no images", f"{self.path}: expected {what}, got none")
-        self.unannotated = len(images) - len(used)
-        self.image_ids = [image["id"] for image in used]
-        self.sizes = torch.tensor([(image["height"], image["width"]) for image in used])
-        self._entries = _Packed((image, by_image[image["id"]]) for image in used)
+        selected = [image for id, image in images.items() if not training or self._is_trainable(by_image[id])]
+        if not selected:
+            expected = "an image with an annotation" if training else "an image"
+            raise DataError("no images", f"{self.path}: expected {expected}, got none")
+        self.unannotated = len(images) - len(selected)
+        self.image_ids = [image["id"] for image in selected]
+        self.sizes = torch.tensor([(image["height"], image["width"]) for image in selected])
+        self._entries = _Packed((image, by_image[image["id"]]) for image in selected)
         self._labels = {category.id: label for label, category in enumerate(self.categories, start=1)}
 
     def __len__(self) -> int:
         return len(self.image_ids)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
-        """A picture, uint8 RGB `[3, H, W]`, and its ground truth in pixels of it.
+        """Read an image, uint8 RGB `[3, H, W]`, and its ground truth in pixels of the image.
 
         Raises:
-            DataError: the picture is missing, broken or not of the size that its annotations are for.
+            DataError: The image is missing, damaged, or not of the annotated size.
         """
         entry, annotations = self._entries[index]
         return self._read(entry), self._target(entry, annotations)
 
     def image(self, index: int) -> Tensor:
-        """The picture alone, as `__getitem__` has it."""
+        """Read an image without its ground truth; otherwise the same as `dataset[index]`."""
         return self._read(self._entries[index][0])
 
     @_no_garbage()
     def ground_truth(self) -> COCO:
-        """The images and the usable annotations as pycocotools has them, for its evaluation."""
+        """The images and their usable annotations as a pycocotools object, for its evaluation."""
         entries = [self._entries[index] for index in range(len(self))]
         coco: Any = COCO()
         coco.dataset = {
@@ -134,30 +135,32 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
             "annotations": [annotation for _, annotations in entries for annotation in annotations],
             "categories": [{"id": category.id, "name": category.name} for category in self.categories],
         }
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints that it works
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
             coco.createIndex()
         return coco
 
     def summary(self) -> str:
-        """What was read, what was left out and why, in lines."""
+        """Text of the number of images, of images left out, and of bad data by kind."""
         left_out = f", {self.unannotated} with nothing to learn from left out" if self.unannotated else ""
         return f"{self.path}: {len(self)} images{left_out}; {self.problems.summary()}"
 
     def _keypoint_names(self) -> tuple[str, ...]:
+        """The keypoints of the categories that have any; they must be the same for all of these."""
         names = {category.keypoints for category in self.categories if category.keypoints}
         if len(names) != 1:
-            found = [category.name for category in self.categories if category.keypoints]
+            owners = [category.name for category in self.categories if category.keypoints]
             raise DataError(
-                "no keypoints", f"{self.path}: categories: expected one list of keypoints, got {len(names)} ({found})"
+                "no keypoints", f"{self.path}: categories: expected one list of keypoints, got {len(names)} ({owners})"
             )
         return names.pop()
 
-    def _teaches(self, annotations: list[coco_json.Entry]) -> bool:
-        """With keypoints, an image of people in the distance has none: Detectron leaves it out as well."""
+    def _is_trainable(self, annotations: list[coco_json.Entry]) -> bool:
+        """Whether an image has an object to learn from; with keypoints, one with a labelled keypoint (Detectron)."""
         objects = [annotation for annotation in annotations if not annotation["iscrowd"]]
         return any(annotation["num_keypoints"] for annotation in objects) if self.keypoint_names else bool(objects)
 
     def _read(self, entry: coco_json.Entry) -> Tensor:
+        """Read an image and check its size."""
         path, height, width = self.folder / entry["file_name"], entry["height"], entry["width"]
         try:
             image = read_image(path)
@@ -170,6 +173,7 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         return image
 
     def _target(self, entry: coco_json.Entry, annotations: list[coco_json.Entry]) -> Target:
+        """Make the ground truth of an image from its checked annotations."""
         height, width = entry["height"], entry["width"]
         objects = [annotation for annotation in annotations if not annotation["iscrowd"]]
         crowds = [annotation for annotation in annotations if annotation["iscrowd"]]
@@ -184,10 +188,10 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
 
 
 class _Packed:
-    """Python objects as bytes of one tensor.
+    """A read-only list of Python objects, pickled into one tensor.
 
-    As objects, a worker process would come to hold a copy of them all: reading one counts its references, which
-    writes to its page.
+    Worker processes share the tensor's memory. They would copy ordinary objects: reading one changes its reference
+    count, which writes to the shared page.
     """
 
     def __init__(self, values: Iterable[Any]) -> None:
@@ -212,8 +216,8 @@ def _masks(annotations: list[coco_json.Entry], height: int, width: int) -> Tenso
     return torch.from_numpy(np.ascontiguousarray(coco_mask.decode(rles).transpose(2, 0, 1)))
 
 
-def _keypoints(annotations: list[coco_json.Entry], points: int) -> Tensor:
+def _keypoints(annotations: list[coco_json.Entry], num_keypoints: int) -> Tensor:
     values = [annotation["keypoints"] for annotation in annotations]
-    keypoints = torch.tensor(values, dtype=torch.float32).reshape(-1, points, 3)
-    keypoints[..., :2] += PIXEL_CENTRE * (keypoints[..., 2:] > 0)  # one without a label stays zero
+    keypoints = torch.tensor(values, dtype=torch.float32).reshape(-1, num_keypoints, 3)
+    keypoints[..., :2] += PIXEL_CENTRE * (keypoints[..., 2:] > 0)  # unlabelled keypoints stay zero
     return keypoints

@@ -1,4 +1,4 @@
-"""Pictures of any kind as RGB."""
+"""Reading image files of any mode as RGB."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from models.data.problems import DataError
 
 
 def read_image(path: Path) -> Tensor:
-    """Read a picture as uint8 RGB `[3, H, W]`, turned upright as its EXIF says.
+    """Read an image as uint8 RGB `[3, H, W]`, turned upright by its EXIF orientation.
 
-    Gray is repeated, an alpha channel dropped, palettes and CMYK are converted, of 16 bits the upper 8 are kept.
+    Gray is repeated over the channels, an alpha channel is dropped, palettes and CMYK are converted, and 16-bit values
+    keep their upper 8 bits.
 
     Raises:
-        DataError: the file is missing, truncated, or no picture that Pillow reads.
+        DataError: The file is missing, truncated, or not an image that Pillow can read.
     """
     try:
         with Image.open(path) as image:
-            image.load()  # here a truncated file shows
+            image.load()  # raises if the file is truncated
             ImageOps.exif_transpose(image, in_place=True)
             return pil_to_tensor(_rgb(image))
     except FileNotFoundError:
@@ -31,15 +32,15 @@ def read_image(path: Path) -> Tensor:
         raise DataError(
             "unreadable image", f"{path}: expected an image, got a file that Pillow does not know"
         ) from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # as Pillow's decoders raise
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # raised by Pillow's decoders
         raise DataError("unreadable image", f"{path}: expected a whole image, got one with an error: {error}") from None
 
 
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F"):
         raise ValueError(f"mode: expected 8 or 16 bits per channel, got {image.mode}")
-    if image.mode.startswith("I;16"):  # Pillow's conversion would saturate at 255
+    if image.mode.startswith("I;16"):  # Pillow's own conversion saturates at 255
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if "transparency" in image.info:  # Pillow warns where it cannot keep the transparent colour of a palette
+    if "transparency" in image.info:  # otherwise Pillow warns that it drops the transparent colour of a palette
         image = image.convert("RGBA")
     return image.convert("RGB")

@@ -1,4 +1,8 @@
-"""Batches for training and pictures for evaluation, read by worker processes."""
+"""Batches for training and images for evaluation, read by worker processes.
+
+The path of a training image: in a worker process, `CocoDataset` reads it with its target, `Augmentation` flips and
+resizes both, and `_collate` joins them to a `Batch`; in the main process, `_check_batch` reports bad images.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,19 +22,20 @@ from models.data.problems import DataError
 from models.data.transforms import Augmentation, mirrored_keypoints
 from models.structures import Target
 
-Draw = tuple[int, int]  # an image's index, and the seed of its augmentation
+Draw = tuple[int, int]  # the index of an image, and the seed of its augmentation
+Sample = tuple[Tensor, Target]  # uint8 RGB [3, H, W], and the ground truth in its pixels
 
 
 @dataclass(frozen=True)
 class BadSample:
-    """A picture that could not be used, and why."""
+    """An image that cannot be used, and why."""
 
     image_id: int
     error: DataError
 
 
 class Batch(NamedTuple):
-    """What training gets. In place of each bad image stands another, so that all batches have the same size."""
+    """A mini-batch for training. Each bad image is replaced by another one, so all batches have the same size."""
 
     images: list[Tensor]  # uint8 RGB [3, H, W]
     targets: list[Target]
@@ -38,24 +43,27 @@ class Batch(NamedTuple):
 
 
 class TrainSampler(Sampler[list[Draw]]):
-    """Endless batches of images that are all landscape or all portrait: less padding.
+    """Endless batches of images that are all landscape or all portrait, which need less padding.
 
-    Each epoch is a new permutation; images that do not fill a batch of their kind wait for the next epoch's. Seeds of
-    augmentations are drawn here: an item is the same in whichever process it is read.
+    Each epoch is a new permutation. Images that do not fill a batch of their orientation are carried over to the next
+    epoch. The seeds of augmentations are drawn here, so a sample does not depend on the worker process that reads it.
     """
 
     def __init__(
         self, sizes: Tensor, images_per_batch: int, *, seed: int, start: int = 0, rank: int = 0, world: int = 1
     ) -> None:
-        """Share each batch of `images_per_batch * world` images between processes.
+        """Divide each batch of `images_per_batch * world` images among the processes.
 
         Args:
             sizes: `[N, 2]`, (height, width) of each image.
-            images_per_batch: of one process.
+            images_per_batch: in each process.
             seed: the same in all processes.
-            start: how many batches to leave out: those that a run had before it was stopped.
+            start: number of batches to skip, which a resumed run has already had.
             rank: of this process.
             world: number of processes.
+
+        Raises:
+            ValueError: There are no images.
         """
         if not len(sizes):
             raise ValueError("sizes: expected at least one image, got none")
@@ -72,10 +80,10 @@ class TrainSampler(Sampler[list[Draw]]):
     def _batches(self) -> Iterator[list[Draw]]:
         generator = torch.Generator().manual_seed(self.seed)
         waiting: dict[bool, list[Draw]] = {True: [], False: []}
-        number, first = len(self.landscape), self.rank * self.images_per_batch
+        num_images, first = len(self.landscape), self.rank * self.images_per_batch
         while True:
-            seeds = torch.randint(2**32, (number,), generator=generator).tolist()
-            for index in torch.randperm(number, generator=generator).tolist():
+            seeds = torch.randint(2**32, (num_images,), generator=generator).tolist()
+            for index in torch.randperm(num_images, generator=generator).tolist():
                 group = waiting[self.landscape[index]]
                 group.append((index, seeds[index]))
                 if len(group) == self.images_per_batch * self.world:
@@ -87,9 +95,15 @@ Item = TypeVar("Item")
 
 
 class Loader(Generic[Item]):
-    """Iterates over what workers read, each item checked in this process, the one that the user sees."""
+    """A `DataLoader` whose items are checked in the main process, where an error reaches the user."""
 
-    def __init__(self, loader: DataLoader, check: Callable[[Item], None]) -> None:
+    def __init__(self, loader: DataLoader[Any], check: Callable[[Item], None]) -> None:
+        """Wrap a loader.
+
+        Args:
+            loader: yields the items.
+            check: called with each item; raises if the item is bad and bad data is not skipped.
+        """
         self.loader = loader
         self.check = check
 
@@ -97,10 +111,10 @@ class Loader(Generic[Item]):
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Item]:
-        """Each item.
+        """Iterate over the items.
 
         Raises:
-            DataError: an item is bad, and the data set is not to skip it.
+            DataError: An item is bad and the data set does not skip bad data.
         """
         for item in self.loader:
             self.check(item)
@@ -118,15 +132,15 @@ def train_loader(
     rank: int = 0,
     world: int = 1,
 ) -> Loader[Batch]:
-    """Endless augmented batches, the same for any number of workers.
+    """Endless augmented batches, the same for any number of worker processes.
 
     Args:
         dataset: opened for training.
-        data: sizes, flips, workers.
-        images_per_batch: of this process.
-        max_size: the longer edge at most, as `InputConfig` has it.
-        seed: of the order and of all augmentation; the same in all processes.
-        start: how many batches to leave out: those that a run had before it was stopped.
+        data: sizes, flips, number of workers.
+        images_per_batch: in this process.
+        max_size: limit of the longer edge in pixels, as in `InputConfig`.
+        seed: of the order and of all augmentations; the same in all processes.
+        start: number of batches to skip, which a resumed run has already had.
         rank: of this process.
         world: number of processes.
     """
@@ -142,45 +156,49 @@ def train_loader(
 def eval_loader(
     dataset: CocoDataset, data: DataConfig, *, rank: int = 0, world: int = 1
 ) -> Loader[tuple[Tensor, int] | BadSample]:
-    """Each picture once, uint8 RGB `[3, H, W]` as it was read, with its image's id, or what is bad about it.
+    """Each image once, in its original size, uint8 RGB `[3, H, W]`, with its id; a `BadSample` for a bad image.
 
     Args:
-        dataset: the pictures.
-        data: workers.
-        rank: of this process, which gets every `world`-th picture.
+        dataset: the images.
+        data: number of workers.
+        rank: of this process, which gets every `world`-th image.
         world: number of processes.
     """
     loader = DataLoader(
         _EvalItems(dataset), sampler=range(rank, len(dataset), world), batch_size=None, **_process_options(data)
     )
-    return Loader(loader, partial(_check_picture, dataset))
+    return Loader(loader, partial(_check_image, dataset))
 
 
 class _TrainItem(NamedTuple):
-    sample: tuple[Tensor, Target] | None
-    bad: list[BadSample]
+    sample: Sample | None  # None if no image could be read
+    bad: list[BadSample]  # images that were tried before
 
 
 class _TrainItems(Dataset[_TrainItem]):
+    """Augmented samples. A bad image is replaced by the next good one."""
+
     def __init__(self, dataset: CocoDataset, augmentation: Augmentation) -> None:
         self.dataset = dataset
         self.augmentation = augmentation
 
     def __getitem__(self, draw: Draw) -> _TrainItem:
-        index, seed = draw
+        first, seed = draw
         bad: list[BadSample] = []
         for step in range(len(self.dataset)):
-            place = (index + step) % len(self.dataset)
+            index = (first + step) % len(self.dataset)
             try:
-                return _TrainItem(self.augmentation(*self.dataset[place], seed), bad)
+                return _TrainItem(self.augmentation(*self.dataset[index], seed), bad)
             except DataError as error:
-                bad.append(BadSample(self.dataset.image_ids[place], error))
+                bad.append(BadSample(self.dataset.image_ids[index], error))
                 if self.dataset.problems.on_error != "skip":
                     break
         return _TrainItem(None, bad)
 
 
 class _EvalItems(Dataset[tuple[Tensor, int] | BadSample]):
+    """Images with their ids, without targets."""
+
     def __init__(self, dataset: CocoDataset) -> None:
         self.dataset = dataset
 
@@ -205,13 +223,13 @@ def _check_batch(dataset: CocoDataset, batch: Batch) -> None:
         raise DataError("no images", f"{dataset.folder}: expected an image that can be read, got none")
 
 
-def _check_picture(dataset: CocoDataset, item: tuple[Tensor, int] | BadSample) -> None:
+def _check_image(dataset: CocoDataset, item: tuple[Tensor, int] | BadSample) -> None:
     if isinstance(item, BadSample):
         dataset.problems.add(item.error)
 
 
-def _process_options(data: DataConfig) -> dict:
-    # A generator of its own: a loader would otherwise take a number from the one that training resumes with.
+def _process_options(data: DataConfig) -> dict[str, Any]:
+    # With a generator of its own, a loader draws nothing from the global one, which must be the same after a resume.
     return {
         "num_workers": data.workers,
         "pin_memory": torch.cuda.is_available(),

@@ -1,4 +1,4 @@
-"""Bad data: raised, or counted and left out with a summary."""
+"""Bad data: an error, or a summary of all that was left out."""
 
 from __future__ import annotations
 
@@ -7,10 +7,15 @@ from typing import Literal
 
 
 class DataError(ValueError):
-    """Data that cannot be used. `kind` is what a summary counts; the text names the file, the id and the fault."""
+    """Data that cannot be used.
+
+    Args:
+        kind: the kind of problem, which a summary counts.
+        text: the file, the id and what is wrong.
+    """
 
     def __init__(self, kind: str, text: str) -> None:
-        super().__init__(kind, text)  # both, or it could not be unpickled in the process that the user sees
+        super().__init__(kind, text)  # both are needed to unpickle the error of a worker process
         self.kind = kind
 
     def __str__(self) -> str:
@@ -18,20 +23,20 @@ class DataError(ValueError):
 
 
 class Problems:
-    """Raises what is wrong with a data set or, with `on_error="skip"`, keeps it for a summary.
+    """The bad data of a data set: raised or, with `on_error="skip"`, collected for a summary.
 
-    A fault counts once, however many epochs and processes meet it.
+    Each problem counts once, however many epochs and processes meet it.
     """
 
     def __init__(self, on_error: Literal["raise", "skip"] = "raise") -> None:
         self.on_error = on_error
-        self._kinds: dict[str, str] = {}  # of each text
+        self._kinds: dict[str, str] = {}  # the kind by the text
 
     def add(self, error: DataError) -> None:
         """Raise `error`, or count it.
 
         Raises:
-            DataError: unless `on_error` is "skip".
+            DataError: `on_error` is not "skip".
         """
         if self.on_error != "skip":
             advice = "on_error=skip (--on-error skip) counts it and leaves it out"
@@ -39,7 +44,7 @@ class Problems:
         self._kinds[str(error)] = error.kind
 
     def merge(self, other: Problems) -> None:
-        """Add what another process found."""
+        """Add the problems of another process."""
         self._kinds |= other._kinds
 
     def __len__(self) -> int:
@@ -47,11 +52,11 @@ class Problems:
 
     @property
     def counts(self) -> Counter[str]:
-        """How many problems there are of each kind."""
+        """The number of problems of each kind."""
         return Counter(self._kinds.values())
 
     def summary(self, examples: int = 3) -> str:
-        """A line for each kind, most frequent first, with some of its problems below."""
+        """Text with one line for each kind, most frequent first, followed by up to `examples` of its problems."""
         lines = [f"bad data: {len(self)} left out" if self._kinds else "bad data: none"]
         for kind, count in self.counts.most_common():
             texts = [text for text, other in self._kinds.items() if other == kind]

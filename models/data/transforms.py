@@ -1,7 +1,7 @@
-"""Augmentation: a picture and its target resized and mirrored, in continuous coordinates.
+"""Augmentation: random flips and sizes of an image and its target.
 
-With pixel i covering i..i+1, a mirrored x is W - x and a resized one is multiplied, for boxes and keypoints alike,
-and the pixels of images and masks go along exactly.
+Boxes and keypoints are in continuous coordinates, where pixel i covers [i, i + 1]: a flip maps x to W - x, and a
+resize multiplies it by the ratio of the sizes. The pixels of images and masks move in the same way.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode, functional
 
-from models import preprocess as images
+from models import preprocess
 from models.structures import Target
 
 
@@ -21,13 +21,19 @@ from models.structures import Target
 class Augmentation:
     """A random horizontal flip (Fast R-CNN), and a random size (appendix B)."""
 
-    min_sizes: tuple[int, ...]  # the shorter edge is one of these
-    max_size: int  # the longer edge at most
+    min_sizes: tuple[int, ...]  # pixels; the shorter edge becomes one of these
+    max_size: int  # pixels; limit of the longer edge
     flip_probability: float
     mirrored: tuple[int, ...] = ()  # from `mirrored_keypoints`
 
     def __call__(self, image: Tensor, target: Target, seed: int) -> tuple[Tensor, Target]:
-        """Augment a uint8 image `[3, H, W]`: the same seed draws the same, whatever was drawn before."""
+        """Flip and resize an image and its target at random.
+
+        Args:
+            image: uint8, `[3, H, W]`.
+            target: of the image.
+            seed: determines the result; the global generator is not used.
+        """
         generator = torch.Generator().manual_seed(seed)
         if torch.rand((), generator=generator) < self.flip_probability:
             image, target = flip(image, target, self.mirrored)
@@ -36,24 +42,30 @@ class Augmentation:
 
 
 def mirrored_keypoints(names: Sequence[str]) -> tuple[int, ...]:
-    """For each keypoint the one that a mirror turns it into: `left_eye` is `right_eye`, `nose` stays.
+    """The permutation of keypoints in a horizontal flip: `left_eye` becomes `right_eye`, `nose` stays.
+
+    Args:
+        names: of the keypoints.
+
+    Returns:
+        For each keypoint, the index of its mirrored one.
 
     Raises:
-        ValueError: a left one has no right one, or the reverse.
+        ValueError: A left keypoint has no right one, or the reverse.
     """
     mirrored = [_other_side(name) for name in names]
-    if alone := sorted(set(mirrored) - set(names)):
-        raise ValueError(f"names: expected each left_ with its right_, got none of {alone}")
+    if missing := sorted(set(mirrored) - set(names)):
+        raise ValueError(f"names: expected each left_ with its right_, got none of {missing}")
     return tuple(names.index(name) for name in mirrored)
 
 
 def flip(image: Tensor, target: Target, mirrored: Sequence[int] = ()) -> tuple[Tensor, Target]:
-    """Mirror left and right.
+    """Flip an image and its target horizontally.
 
     Args:
         image: `[3, H, W]`.
         target: of the image.
-        mirrored: from `mirrored_keypoints`, where the target has keypoints.
+        mirrored: from `mirrored_keypoints`; needed if the target has keypoints.
     """
     width = image.shape[2]
     masks, keypoints = target.masks, target.keypoints
@@ -71,26 +83,33 @@ def flip(image: Tensor, target: Target, mirrored: Sequence[int] = ()) -> tuple[T
 
 
 def resize(image: Tensor, target: Target, min_size: int, max_size: int) -> tuple[Tensor, Target]:
-    """Resize as the detector resizes pictures: the shorter side to `min_size`, the longer to at most `max_size`."""
+    """Resize an image and its target as `models.preprocess.resize` does.
+
+    Args:
+        image: `[3, H, W]`.
+        target: of the image.
+        min_size: pixels of the shorter edge.
+        max_size: limit of the longer edge in pixels, which takes precedence.
+    """
     height, width = image.shape[1:]
-    image = images.resize(image, min_size, max_size)
+    image = preprocess.resize(image, min_size, max_size)
     shape = image.shape[1:]
-    x, y = shape[1] / width, shape[0] / height
+    scale_x, scale_y = shape[1] / width, shape[0] / height
     masks = target.masks
     if masks is not None:
-        masks = functional.resize(
-            masks, list(shape), InterpolationMode.NEAREST_EXACT
-        )  # plain NEAREST moves by half a pixel
+        # Unlike NEAREST_EXACT, NEAREST shifts the mask by half a pixel.
+        masks = functional.resize(masks, list(shape), InterpolationMode.NEAREST_EXACT)
     return image, replace(
         target,
-        boxes=target.boxes * torch.tensor([x, y, x, y]),
-        crowds=target.crowds * torch.tensor([x, y, x, y]),
+        boxes=target.boxes * torch.tensor([scale_x, scale_y, scale_x, scale_y]),
+        crowds=target.crowds * torch.tensor([scale_x, scale_y, scale_x, scale_y]),
         masks=masks,
-        keypoints=None if target.keypoints is None else target.keypoints * torch.tensor([x, y, 1]),
+        keypoints=None if target.keypoints is None else target.keypoints * torch.tensor([scale_x, scale_y, 1]),
     )
 
 
 def _other_side(name: str) -> str:
+    """The name of the mirrored keypoint."""
     for side, other in (("left_", "right_"), ("right_", "left_")):
         if name.startswith(side):
             return other + name.removeprefix(side)

@@ -1,11 +1,11 @@
-"""Every kind of bad data: named in an error, or counted and left out."""
+"""Every kind of bad data is named in an error, or counted and left out."""
 
 import pytest
-from coco_files import HEIGHT, REGION, SQUARE, WIDTH, content, open_changed, person, rle, write
 from PIL import Image
 
 from models.data.coco import CocoDataset
 from models.data.problems import DataError, Problems
+from tests.oracles.coco_files import HEIGHT, REGION, SQUARE, WIDTH, content, open_changed, person, rle, write
 
 pytestmark = pytest.mark.reference_only
 
@@ -27,7 +27,7 @@ def counts(value, size=(HEIGHT, WIDTH)):
 BAD_ANNOTATIONS = {
     "no box": (person(bbox=None), "malformed bbox", "bbox: expected 4 numbers, got None"),
     "three numbers": (person(bbox=[1, 2, 3]), "malformed bbox", "got [1, 2, 3]"),
-    "no number": (person(bbox=[1, 2, "3", 4]), "malformed bbox", "got [1, 2, '3', 4]"),
+    "text among the numbers": (person(bbox=[1, 2, "3", 4]), "malformed bbox", "got [1, 2, '3', 4]"),
     "NaN": (person(bbox=[1, 2, float("nan"), 4]), "malformed bbox", "got [1, 2, nan, 4]"),
     "no area": (person(bbox=[4, 4, 0, 8]), "zero-area box", "expected a positive width and height, got [4, 4, 0, 8]"),
     "negative height": (person(bbox=[4, 4, 2, -8]), "zero-area box", "got [4, 4, 2, -8]"),
@@ -77,8 +77,8 @@ BAD_ANNOTATIONS = {
 
 @pytest.mark.parametrize("name", BAD_ANNOTATIONS)
 def test_bad_annotations(tmp_path, name):
-    annotation, kind, fault = BAD_ANNOTATIONS[name]
-    # Of the same id twice, the second is the bad one.
+    annotation, kind, message = BAD_ANNOTATIONS[name]
+    # If two annotations have the same id, the second one is bad.
     bad = 4 if name == "id twice" else annotation.get("id")
     image = 7 if name == "id twice" else annotation.get("image_id")
     (tmp_path / "raise").mkdir()
@@ -86,13 +86,13 @@ def test_bad_annotations(tmp_path, name):
         open_changed(tmp_path / "raise", annotation, keypoints=True)
     assert caught.value.kind == kind
     assert f"instances_val.json: annotation {bad} of image {image}: " in str(caught.value)
-    assert fault in str(caught.value)
+    assert message in str(caught.value)
     assert "on_error=skip" in str(caught.value)
 
     (tmp_path / "skip").mkdir()
     dataset = open_changed(tmp_path / "skip", annotation, keypoints=True, on_error="skip")
     assert dataset.problems.counts == {kind: 1}
-    assert fault in dataset.problems.summary()
+    assert message in dataset.problems.summary()
     used = [annotation["id"] for annotation in dataset.ground_truth().dataset["annotations"]]
     assert used == ([4, 2, 3] if name == "id twice" else [2, 3, 4])
     assert len(dataset[0][1].labels) == (2 if name == "id twice" else 1)
@@ -104,7 +104,7 @@ def test_a_crowd_is_checked_too(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "kind", "fault"),
+    ("change", "kind", "message"),
     [
         ({"id": None}, "malformed id", "images[1], id None: id: expected int, got None"),
         ({"id": "7"}, "malformed id", "images[1], id '7': id: expected int, got '7'"),
@@ -114,7 +114,7 @@ def test_a_crowd_is_checked_too(tmp_path):
         ({"file_name": None}, "malformed file_name", "images[1], id 7: file_name: expected str, got None"),
     ],
 )
-def test_bad_image_entries(tmp_path, change, kind, fault):
+def test_bad_image_entries(tmp_path, change, kind, message):
     def spoil(coco):
         coco["images"][1] = {k: v for k, v in (coco["images"][1] | change).items() if v is not None}
 
@@ -123,15 +123,15 @@ def test_bad_image_entries(tmp_path, change, kind, fault):
     with pytest.raises(DataError) as caught:
         open_changed(tmp_path / "raise", spoil)
     assert caught.value.kind == kind
-    assert fault in str(caught.value)
+    assert message in str(caught.value)
     dataset = open_changed(tmp_path / "skip", spoil, on_error="skip")
     assert dataset.image_ids == [10, 12]
     assert dataset.problems.counts == {kind: 1, "unknown image": 1}  # and its annotation
 
 
-@pytest.mark.parametrize("on_error", ["raise", "skip"])  # there is nothing to go on with
+@pytest.mark.parametrize("on_error", ["raise", "skip"])  # without a usable file, skipping is impossible
 @pytest.mark.parametrize(
-    ("text", "fault"),
+    ("text", "message"),
     [
         ("{", "expected JSON"),
         ("[1, 2]", "expected an object, got list"),
@@ -148,17 +148,17 @@ def test_bad_image_entries(tmp_path, change, kind, fault):
         ('{"images": [], "annotations": [], "categories": []}', "expected an image, got none"),
     ],
 )
-def test_files_that_are_not_coco(root, text, fault, on_error):
+def test_files_that_are_not_coco(root, text, message, on_error):
     path = root / "annotations" / "instances_val.json"
     path.write_text(text)
     with pytest.raises(DataError) as caught:
         CocoDataset(root, "val", on_error=on_error)
     assert str(caught.value).startswith(str(path))
-    assert fault in str(caught.value)
+    assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("data", [b"\xff\xd8\xff\xe0 a picture", b""])
-def test_a_file_of_no_text(root, data):
+@pytest.mark.parametrize("data", [b"\xff\xd8\xff\xe0 an image", b""])
+def test_a_file_that_is_not_text(root, data):
     (root / "annotations" / "instances_val.json").write_bytes(data)
     with pytest.raises(DataError, match=r"instances_val.json: expected JSON"):
         CocoDataset(root, "val")
@@ -170,7 +170,7 @@ def test_no_file(root):
 
 
 @pytest.mark.parametrize(
-    ("change", "fault"),
+    ("change", "message"),
     [
         ({"id": 90}, "id: expected unique ones, got 90 twice"),
         ({"name": None}, "name: expected str, got None"),
@@ -179,10 +179,10 @@ def test_no_file(root):
         ({"skeleton": 5}, "skeleton: expected pairs of 1..3"),
     ],
 )
-def test_bad_categories(tmp_path, change, fault):
+def test_bad_categories(tmp_path, change, message):
     with pytest.raises(DataError) as caught:
         open_changed(tmp_path, lambda coco: coco["categories"][1].update(change), on_error="skip")
-    assert f"categories[1]: {fault}" in str(caught.value)
+    assert f"categories[1]: {message}" in str(caught.value)
 
 
 def test_keypoints_of_no_or_of_two_kinds(tmp_path):
@@ -198,12 +198,12 @@ def test_keypoints_of_no_or_of_two_kinds(tmp_path):
             open_changed(tmp_path / name, change, keypoints=True)
 
 
-def test_bad_pictures(root):
+def test_bad_images(root):
     (root / "val" / "10.png").unlink()
     (root / "val" / "7.png").write_bytes((root / "val" / "7.png").read_bytes()[:60])
     Image.new("RGB", (HEIGHT, WIDTH)).save(root / "val" / "12.png")
     dataset = CocoDataset(root, "val")
-    for index, (kind, fault) in enumerate(
+    for index, (kind, message) in enumerate(
         [
             ("missing image", f"image 10: {root / 'val' / '10.png'}: expected an image, got no such file"),
             ("unreadable image", f"image 7: {root / 'val' / '7.png'}: expected a whole image, got one with an error"),
@@ -213,7 +213,7 @@ def test_bad_pictures(root):
         with pytest.raises(DataError) as caught:
             dataset[index]
         assert caught.value.kind == kind
-        assert fault in str(caught.value)
+        assert message in str(caught.value)
 
 
 def test_no_image_left_to_train_on(tmp_path):

@@ -1,14 +1,14 @@
-"""Data sets in COCO's format: what a target is made of."""
+"""Data sets in COCO's format: images and their targets."""
 
 import numpy as np
 import pytest
 import torch
-from coco_files import HEIGHT, WIDTH, content, open_changed, person, rle, write
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from models.data.coco import CocoDataset
 from models.structures import Category
+from tests.oracles.coco_files import HEIGHT, WIDTH, content, open_changed, person, rle, write
 
 pytestmark = pytest.mark.reference_only
 
@@ -35,7 +35,7 @@ def test_items(root):
     assert target.boxes.tolist() == [[4, 4, 12, 14], [15, 3.25, 30, 20]]
     assert target.crowds.tolist() == [[3, 5, 30, 20]]
     assert target.masks.dtype == torch.uint8
-    # Indices of pixels, as COCO has them, become their centres; without a label they stay zero.
+    # COCO's pixel indices become pixel centres; unlabelled keypoints stay zero.
     assert target.keypoints.tolist() == [[[6.5, 5.5, 2], [10.5, 7.5, 1], [0, 0, 0]], [[0, 0, 0]] * 3]
     assert dataset[1][0].unique().tolist() == [1]
     assert torch.equal(dataset.image(1), dataset[1][0])
@@ -68,7 +68,7 @@ def test_polygons_and_both_kinds_of_rle_of_one_region(tmp_path):
     assert torch.equal(masks[0], masks[2])
 
 
-@pytest.mark.parametrize("shape", [(HEIGHT, WIDTH), (1500, 2000)])  # codes of one to five characters
+@pytest.mark.parametrize("shape", [(HEIGHT, WIDTH), (1500, 2000)])  # runs encoded in one to five characters
 def test_every_rle_of_pycocotools_is_well_formed(tmp_path, shape):
     random = np.random.default_rng(0)
     coco = content()
@@ -82,7 +82,7 @@ def test_every_rle_of_pycocotools_is_well_formed(tmp_path, shape):
     assert len(CocoDataset(tmp_path, "val").ground_truth().anns) == 6
 
 
-def test_what_is_not_asked_for_is_not_read(root):
+def test_masks_and_keypoints_are_optional(root):
     target = CocoDataset(root, "val", masks=False)[0][1]
     assert target.masks is None
     assert target.keypoints is None
@@ -96,7 +96,7 @@ def test_images_and_objects_without_annotations(root):
     assert target.keypoints.shape == (0, 3, 3)
 
 
-def test_training_leaves_out_what_teaches_nothing(tmp_path):
+def test_training_leaves_out_images_that_are_not_trainable(tmp_path):
     coco = content()
     coco["images"].append(coco["images"][0] | {"id": 13, "file_name": "13.png"})
     coco["annotations"].append(coco["annotations"][2] | {"id": 5, "image_id": 13})  # a crowd alone
@@ -115,7 +115,7 @@ def test_boxes_are_clipped_within_the_tolerance(tmp_path):
     assert dataset[0][1].boxes[0].tolist() == [0, 0, 32, 24]
 
 
-def test_what_other_tools_leave_out(tmp_path):
+def test_fields_that_other_tools_omit(tmp_path):
     dataset = open_changed(tmp_path, person(area=None, iscrowd=None, num_keypoints=None), keypoints=True)
     (annotation,) = dataset.ground_truth().loadAnns([1])
     assert annotation["iscrowd"] == 0

@@ -1,4 +1,4 @@
-"""Two processes have the gradients of one with all the images."""
+"""Two processes compute the same gradients as one process with all the images."""
 
 from dataclasses import replace
 
@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
-from models import preprocess as pictures
+from models import preprocess
 from models.network.mask_rcnn import MaskRCNN
 from models.presets import PRESETS
 from models.structures import Target
@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.reference_only, pytest.mark.unpoisoned]
 
 
 def detector():
-    """Takes all samples, so that none is drawn, and normalises without a look at the batch."""
+    """A detector that takes all samples, so none is drawn at random, and whose norms do not depend on the batch."""
     config = PRESETS["demo"].model
     config = replace(
         config,
@@ -34,16 +34,16 @@ def detector():
 
 
 def batch(part):
-    """Two images each, with different numbers of objects: sums of losses have unequal weights."""
+    """Two of four images, with different numbers of objects, so the sums of losses have unequal weights."""
     g = torch.Generator().manual_seed(1)
     images = [torch.randint(0, 256, (3, 64, 96), generator=g, dtype=torch.uint8) for _ in range(4)]
     targets = []
-    for number in (1, 0, 3, 2):
-        low = torch.rand(number, 2, generator=g) * 30
-        boxes = torch.cat([low, low + 10 + 20 * torch.rand(number, 2, generator=g)], 1)
-        masks = torch.randint(0, 2, (number, 64, 96), generator=g, dtype=torch.uint8)
-        targets.append(Target(boxes, torch.arange(number) % 3 + 1, torch.zeros(0, 4), masks))
-    return *pictures.batch(images[part], PRESETS["demo"].model.input), targets[part]
+    for num_objects in (1, 0, 3, 2):
+        low = torch.rand(num_objects, 2, generator=g) * 30
+        boxes = torch.cat([low, low + 10 + 20 * torch.rand(num_objects, 2, generator=g)], 1)
+        masks = torch.randint(0, 2, (num_objects, 64, 96), generator=g, dtype=torch.uint8)
+        targets.append(Target(boxes, torch.arange(num_objects) % 3 + 1, torch.zeros(0, 4), masks))
+    return *preprocess.batch(images[part], PRESETS["demo"].model.input), targets[part]
 
 
 def gradients(network, part):
@@ -54,17 +54,17 @@ def gradients(network, part):
 def process(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    found = gradients(DistributedDataParallel(detector()), slice(0, 2) if rank == 0 else slice(2, 4))
+    result = gradients(DistributedDataParallel(detector()), slice(0, 2) if rank == 0 else slice(2, 4))
     if rank == 0:
-        torch.save(found, folder / "gradients.pth")
+        torch.save(result, folder / "gradients.pth")
     dist.destroy_process_group()
 
 
-def test_gradients_of_two_processes_are_those_of_one(tmp_path):
+def test_gradients_of_two_processes_equal_those_of_one(tmp_path):
     mp.set_forkserver_preload(["models.network.mask_rcnn"])  # torch is imported once
     mp.start_processes(process, (tmp_path,), 2, start_method="forkserver")
-    found = torch.load(tmp_path / "gradients.pth", weights_only=True)
+    result = torch.load(tmp_path / "gradients.pth", weights_only=True)
     expected = gradients(detector(), slice(0, 4))
     for name, gradient in expected.items():
-        error = (found[name] - gradient).norm() / gradient.norm().clamp(min=1e-12)
+        error = (result[name] - gradient).norm() / gradient.norm().clamp(min=1e-12)
         assert error < 1e-4, name

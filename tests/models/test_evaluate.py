@@ -1,4 +1,4 @@
-"""Average precision of detectors whose detections are known, against pycocotools and with processes that share."""
+"""Average precision of detectors with known detections, against pycocotools and in several processes."""
 
 import json
 import multiprocessing
@@ -14,12 +14,13 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch.multiprocessing.spawn import start_processes
 
-from models import evaluate as module
+from models import evaluate as command
+from models.coco_eval import coco_results, evaluate, table
 from models.config import DataConfig, KeypointHeadConfig, ModelConfig
 from models.data.coco import CocoDataset
 from models.data.problems import DataError
 from models.distributed import process_group
-from models.evaluate import EvaluateConfig, coco_results, evaluate, main, table
+from models.evaluate import EvaluateConfig, main
 from models.rle import PASTE_BYTES, encode_masks
 from models.structures import Category, Detections
 
@@ -29,7 +30,7 @@ POINTS = tuple(f"point {i}" for i in range(17))
 PERSON, PLATE = Category(2, "person", POINTS), Category(7, "plate")
 CATEGORIES = (PERSON, PLATE)
 
-# x, y, width, height, category, of images 1..5: small, medium and large ones; image 4 has nothing.
+# x, y, width, height and category of the objects in images 1..5: small, medium and large ones, and none in image 4.
 OBJECTS = {
     1: [(10, 8, 20, 16, PLATE), (40, 20, 60, 70, PERSON)],
     2: [(5, 5, 110, 120, PERSON), (60, 60, 110, 100, PLATE)],
@@ -37,13 +38,13 @@ OBJECTS = {
     4: [],
     5: [(0, 0, 120, 130, PLATE), (100, 80, 80, 90, PERSON)],
 }
-CROWD = (130, 10, 60, 60)  # plates, in image 3
+CROWD = (130, 10, 60, 60)  # of plates, in image 3
 SIZE = (180, 200)  # height, width
 MODEL = ModelConfig(classes=2, keypoint=KeypointHeadConfig())
 
 
 def keypoints(x, y, w, h):
-    """COCO's: indices of pixels."""
+    """In COCO's format, as pixel indices."""
     return [(x + (i * 5 % 17) / 17 * w, y + i / 17 * h, 2) for i in range(17)]
 
 
@@ -92,7 +93,7 @@ def root(tmp_path):
 
 
 class Detector:
-    """Finds what is there, and a plate in the crowd; `noise` moves boxes and adds wrong ones."""
+    """Detects every object, and a plate in the crowd; `noise` moves boxes and adds wrong ones."""
 
     config = MODEL
 
@@ -104,22 +105,22 @@ class Detector:
         return [self.find(int(image[0, 0, 0]), tuple(image.shape[1:])) for image in images]
 
     def find(self, image_id, size):
-        found = [*([(140, 20, 30, 30, PLATE)] if image_id == 3 else []), *OBJECTS[image_id]]
+        objects = [*([(140, 20, 30, 30, PLATE)] if image_id == 3 else []), *OBJECTS[image_id]]
         generator = torch.Generator().manual_seed(image_id)
         if self.noise:
-            found += [(x / 2, y / 2, w, h, category) for x, y, w, h, category in found]
-        masks = torch.ones(len(found), 28, 28)
+            objects += [(x / 2, y / 2, w, h, category) for x, y, w, h, category in objects]
+        masks = torch.ones(len(objects), 28, 28)
         if self.noise:
-            masks[len(masks) // 2 :, 14:] = 0  # of another size than the box
-        boxes = torch.tensor([(x, y, x + w, y + h) for x, y, w, h, _ in found], dtype=torch.float32).reshape(-1, 4)
-        points = torch.tensor([keypoints(x, y, w, h) for x, y, w, h, _ in found]).reshape(-1, 17, 3)
-        points[..., :2] += 0.5  # from indices of pixels to continuous coordinates
+            masks[len(masks) // 2 :, 14:] = 0  # smaller than the box
+        boxes = torch.tensor([(x, y, x + w, y + h) for x, y, w, h, _ in objects], dtype=torch.float32).reshape(-1, 4)
+        points = torch.tensor([keypoints(x, y, w, h) for x, y, w, h, _ in objects]).reshape(-1, 17, 3)
+        points[..., :2] += 0.5  # from pixel indices to continuous coordinates
         points[..., :2] += self.noise * torch.randn(*points.shape[:2], 2, generator=generator)
         points[..., 2] = 1
         return Detections(
             boxes=boxes + self.noise * torch.randn(boxes.shape, generator=generator),
-            scores=torch.rand(len(found), generator=generator).sort(descending=True).values,
-            labels=torch.tensor([self.labels[category.id] for *_, category in found], dtype=torch.int64),
+            scores=torch.rand(len(objects), generator=generator).sort(descending=True).values,
+            labels=torch.tensor([self.labels[category.id] for *_, category in objects], dtype=torch.int64),
             image_size=size,
             mask_probabilities=masks,
             keypoints=points,
@@ -140,7 +141,7 @@ def data_of(root, workers=0):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_ground_truth_found_is_perfect(root, workers):
+def test_detecting_the_ground_truth_is_perfect(root, workers):
     metrics = evaluate(Detector(), CATEGORIES, dataset_of(root), data_of(root, workers))
     names = ["AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L"]
     perfect = pytest.approx(dict.fromkeys(names, 1.0))
@@ -150,7 +151,7 @@ def test_ground_truth_found_is_perfect(root, workers):
 
 
 def test_crowd_is_not_an_object(root):
-    """Without the crowd region the plate in it would be wrong."""
+    """Without the crowd region, the plate in it is a false positive."""
     path = root / "annotations" / "instances_val2017.json"
     content = json.loads(path.read_text())
     content["annotations"] = [annotation for annotation in content["annotations"] if not annotation["iscrowd"]]
@@ -171,7 +172,7 @@ def test_metrics_are_those_of_the_written_files(root, tmp_path, task):
     for annotation in truth.anns.values():
         annotation.setdefault("num_keypoints", 0)
     results = json.loads((tmp_path / "out" / "detections.json").read_text())
-    if task == "segm":  # COCO's results of masks have no box, from which pycocotools would take the area
+    if task == "segm":  # as in COCO's results of masks; given a box, pycocotools takes the area from it
         results = [{key: value for key, value in result.items() if key != "bbox"} for result in results]
     if task == "keypoints":
         results = [result for result in results if result["category_id"] == PERSON.id]
@@ -197,7 +198,7 @@ def test_results_are_in_submission_format(root, tmp_path):
             assert result["keypoints"] == pytest.approx(expected, abs=1e-4)
 
 
-def test_nothing_found(root, tmp_path):
+def test_no_detections(root, tmp_path):
     metrics = evaluate(Blind(), CATEGORIES, dataset_of(root), data_of(root), tmp_path)
     assert {value for values in metrics.values() for value in values.values()} == {0.0}
     assert json.loads((tmp_path / "detections.json").read_text()) == []
@@ -211,8 +212,8 @@ def test_absent_branch_is_not_scored(root, branch):
     assert evaluate(detector, CATEGORIES, dataset_of(root), data_of(root)).keys() == expected
 
 
-def test_categories_meet_by_id(root):
-    """A model that knows more categories, in another order."""
+def test_categories_are_matched_by_id(root):
+    """The model has more categories than the data set, in another order."""
     categories = (Category(9, "cup"), PLATE, PERSON)
     metrics = evaluate(Detector(categories), categories, dataset_of(root), data_of(root))
     assert metrics["segm"]["AP"] == pytest.approx(1)
@@ -232,7 +233,7 @@ def test_other_keypoints_raise(root):
 
 
 def test_bad_image(root, tmp_path):
-    """Image 1 is gone, with a plate and a person that else would count as missed."""
+    """Image 1 is missing. When it is skipped, its plate and its person do not count as missed."""
     (root / "val2017" / "1.png").unlink()
     with pytest.raises(DataError, match=r"image 1.*1\.png"):
         evaluate(Detector(), CATEGORIES, dataset_of(root), data_of(root))
@@ -248,7 +249,7 @@ def test_bad_image(root, tmp_path):
 
 
 def test_other_numbers_of_keypoints(root):
-    """pycocotools knows COCO's 17 only."""
+    """pycocotools has constants for COCO's 17 only."""
     path = root / "annotations" / "instances_val2017.json"
     content = json.loads(path.read_text())
     for entry in (*content["annotations"], *content["categories"]):
@@ -259,8 +260,8 @@ def test_other_numbers_of_keypoints(root):
 
     class Fewer(Detector):
         def find(self, image_id, size):
-            found = super().find(image_id, size)
-            return replace(found, keypoints=found.keypoints[:, :4])
+            detections = super().find(image_id, size)
+            return replace(detections, keypoints=detections.keypoints[:, :4])
 
     categories = (replace(PERSON, keypoints=POINTS[:4]), PLATE)
     assert evaluate(Fewer(), categories, dataset_of(root), data_of(root))["keypoints"]["AP"] == pytest.approx(1)
@@ -309,14 +310,14 @@ def share(rank, port, root, output):
     (output / f"{rank}.json").write_text(json.dumps([metrics, dataset.summary()]))
 
 
-def test_two_processes_find_what_one_does(root, tmp_path):
-    (root / "val2017" / "4.png").unlink()  # as image 2 the second process's
+def test_two_processes_give_the_result_of_one(root, tmp_path):
+    (root / "val2017" / "4.png").unlink()  # the second process has it, and image 2
     dataset = dataset_of(root, "skip")
     metrics = evaluate(Detector(noise=4), CATEGORIES, dataset, data_of(root), tmp_path / "one")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    multiprocessing.set_forkserver_preload(["models.evaluate"])  # imported once, for both
+    multiprocessing.set_forkserver_preload(["models.coco_eval"])  # imported once, for both processes
     start_processes(share, (port, root, tmp_path), nprocs=2, start_method="forkserver")
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first == [metrics, dataset.summary()]
@@ -326,7 +327,7 @@ def test_two_processes_find_what_one_does(root, tmp_path):
 
 
 def test_command(root, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(module, "load_model", {tmp_path / "model.pth": (Detector(), CATEGORIES)}.get)
+    monkeypatch.setattr(command, "load_model", {tmp_path / "model.pth": (Detector(), CATEGORIES)}.get)
     config = EvaluateConfig(tmp_path / "model.pth", data_of(root), tmp_path / "out")
     main(config)
     printed = capsys.readouterr().out
@@ -339,6 +340,6 @@ def test_command(root, tmp_path, monkeypatch, capsys):
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"detections.json", "metrics.json"}
 
 
-def test_table_shows_what_is_not_there():
+def test_table_marks_missing_values():
     values = {"AP": 0.5, "AP50": 0.25, "AP75": 0.0, "AP_S": -1.0, "AP_M": 0.1234, "AP_L": 1.0}
     assert table({"bbox": values}).splitlines()[1].split() == ["bbox", "50.0", "25.0", "0.0", "-", "12.3", "100.0"]

@@ -1,4 +1,4 @@
-"""Batches and pictures from worker processes: reproducible, shared between processes, no bad one without a word."""
+"""Batches and images from worker processes: reproducible, divided among processes, bad images reported."""
 
 import itertools
 import json
@@ -17,25 +17,25 @@ from models.data.problems import DataError
 
 pytestmark = [
     pytest.mark.reference_only,
-    # From Python 3.12 on, it warns that threads do not survive a fork; workers need none of ours.
+    # Python 3.12 warns that threads do not survive a fork; the workers do not need them.
     pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning"),
 ]
 
 LANDSCAPE, PORTRAIT = (30, 40), (40, 30)  # height, width
-NUMBER = 10
+NUM_IMAGES = 10
 
 
 @pytest.fixture
 def root(tmp_path):
-    """Images 100..109, each of noise, every third a portrait, with a box each."""
+    """Images 100..109 of noise, every third one a portrait, each with one box."""
     for folder in ("annotations", "train", "val"):
         (tmp_path / folder).mkdir()
     random = np.random.default_rng(0)
     images, annotations = [], []
-    for index in range(NUMBER):
+    for index in range(NUM_IMAGES):
         height, width = LANDSCAPE if index % 3 else PORTRAIT
-        picture = Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8))
-        picture.save(tmp_path / "train" / f"{index}.png")
+        image = Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        image.save(tmp_path / "train" / f"{index}.png")
         images.append({"id": 100 + index, "file_name": f"{index}.png", "height": height, "width": width})
         box = {"bbox": [5, 6, 10, 12], "segmentation": [[5, 6, 15, 6, 15, 18]], "area": 60, "iscrowd": 0}
         annotations.append({"id": index, "image_id": 100 + index, "category_id": 1} | box)
@@ -48,8 +48,8 @@ def config(workers=0):
     return DataConfig(train_min_sizes=(16, 20, 24), workers=workers)
 
 
-def take(loader, number):
-    return list(itertools.islice(loader, number))
+def take(loader, count):
+    return list(itertools.islice(loader, count))
 
 
 def assert_same(batches, others):
@@ -74,7 +74,7 @@ def test_any_number_of_workers_gives_the_same(root):
     assert [b.targets[0].image_id for b in alone] != [b.targets[0].image_id for b in other_seed]
 
 
-def test_loading_leaves_the_generator_that_training_resumes_with(root):
+def test_loading_does_not_draw_from_the_global_generator(root):
     dataset = CocoDataset(root, "train", training=True)
     state = torch.get_rng_state()
     take(train_loader(dataset, config(), 2, max_size=100, seed=3), 3)
@@ -83,7 +83,7 @@ def test_loading_leaves_the_generator_that_training_resumes_with(root):
 
 
 @pytest.mark.parametrize("start", [1, 4, 23])
-def test_a_start_gives_what_an_uninterrupted_run_has(root, start):
+def test_a_start_continues_an_uninterrupted_run(root, start):
     dataset = CocoDataset(root, "train", training=True)
     whole = take(train_loader(dataset, config(), 2, max_size=100, seed=3), start + 3)
     resumed = take(train_loader(dataset, config(), 2, max_size=100, seed=3, start=start), 3)
@@ -105,7 +105,7 @@ def test_batches_are_of_one_orientation_and_epochs_complete():
     assert set(counts) == set(range(19))
     assert all(11 <= count <= 13 for count in counts.values())
     draws = [draw for batch in batches for draw in batch]
-    assert len({seed for _, seed in draws}) == len(draws)  # each augmentation is another
+    assert len({seed for _, seed in draws}) == len(draws)  # no two augmentations are the same
     first, second = ([index for index, _ in draws[start : start + 19]] for start in (0, 19))
     assert first != second
 
@@ -127,7 +127,7 @@ def test_no_images():
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_evaluation_reads_each_picture_once(root, workers):
+def test_evaluation_reads_each_image_once(root, workers):
     dataset = CocoDataset(root, "train")
     loaders = [eval_loader(dataset, config(workers), rank=rank, world=3) for rank in range(3)]
     assert [len(loader) for loader in loaders] == [4, 3, 3]
@@ -146,18 +146,18 @@ def spoil(root, *indices):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_bad_pictures_stop(root, workers):
+def test_bad_images_stop(root, workers):
     spoil(root, 4)
     dataset = CocoDataset(root, "train", training=True)
-    fault = r"^image 104: .*4\.png: expected a whole image.*on_error=skip"
-    with pytest.raises(DataError, match=fault):
+    message = r"^image 104: .*4\.png: expected a whole image.*on_error=skip"
+    with pytest.raises(DataError, match=message):
         take(train_loader(dataset, config(workers), 2, max_size=100, seed=0), 10)
-    with pytest.raises(DataError, match=fault):
+    with pytest.raises(DataError, match=message):
         list(eval_loader(dataset, config(workers)))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_bad_pictures_are_counted_and_replaced(root, workers):
+def test_bad_images_are_counted_and_replaced(root, workers):
     spoil(root, 4, 5)
     dataset = CocoDataset(root, "train", training=True, on_error="skip")
     batches = take(train_loader(dataset, config(workers), 2, max_size=100, seed=0), 15)
@@ -169,26 +169,26 @@ def test_bad_pictures_are_counted_and_replaced(root, workers):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_bad_pictures_are_counted_and_left_out(root, workers):
+def test_bad_images_are_counted_and_left_out(root, workers):
     spoil(root, 4, 5)
     dataset = CocoDataset(root, "train", on_error="skip")
     samples = list(eval_loader(dataset, config(workers)))
     assert [sample.image_id for sample in samples if isinstance(sample, BadSample)] == [104, 105]
-    assert len(samples) == NUMBER
+    assert len(samples) == NUM_IMAGES
     assert dataset.problems.counts == {"unreadable image": 2}
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_no_picture_that_can_be_read(root, workers):
-    """It would otherwise look for one for ever."""
-    spoil(root, *range(NUMBER))
+def test_no_image_that_can_be_read(root, workers):
+    """The search for a replacement ends."""
+    spoil(root, *range(NUM_IMAGES))
     dataset = CocoDataset(root, "train", training=True, on_error="skip")
     with pytest.raises(DataError, match="train: expected an image that can be read, got none"):
         take(train_loader(dataset, config(workers), 2, max_size=100, seed=0), 1)
-    assert len(dataset.problems) == NUMBER
+    assert len(dataset.problems) == NUM_IMAGES
 
 
-def test_workers_that_are_not_forked_get_the_data_set_too(root):
+def test_the_data_set_can_be_pickled_for_spawned_workers(root):
     dataset = CocoDataset(root, "train", training=True)
     copy = pickle.loads(pickle.dumps(train_loader(dataset, config(), 2, max_size=100, seed=3).loader.dataset))
     image, target = copy[3, 17].sample

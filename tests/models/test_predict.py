@@ -1,4 +1,4 @@
-"""What `predict` writes of pictures of all kinds, and how detections are drawn."""
+"""The files that `predict` writes for images of all kinds, and how detections are drawn."""
 
 import json
 import shutil
@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from models import predict as module
+from models import predict as command
 from models.config import KeypointHeadConfig, ModelConfig
 from models.data.problems import DataError
-from models.predict import PredictConfig, find_pictures, main, predict
+from models.predict import PredictConfig, find_images, main, predict
 from models.structures import Category, Detections
 from models.visualize import draw
 
@@ -20,12 +20,12 @@ pytestmark = pytest.mark.reference_only
 
 CATEGORIES = (Category(4, "cup"), Category(9, "person", ("head", "left_foot", "right_foot"), ((0, 1), (0, 2))))
 
-# The light rectangle in every picture: x1, y1, x2, y2 of 40 x 24 pixels.
+# The light rectangle in every image of 40 x 24 pixels: x1, y1, x2, y2.
 LIGHT = (6, 4, 30, 12)
 
 
 class Detector:
-    """Finds the light rectangle as a person, and with a low score the whole picture as a cup."""
+    """Detects the light rectangle as a person, and with a low score the whole image as a cup."""
 
     config = ModelConfig(classes=2, keypoint=KeypointHeadConfig(keypoints=3))
 
@@ -61,37 +61,37 @@ def read(path):
 
 
 @pytest.mark.parametrize("name", ["rgb.jpg", "RGB.JPEG", "rgb.png", "gray.png", "gray.jpg", "alpha.png"])
-def test_writes_beside_each_picture(tmp_path, name):
-    picture = pixels()
+def test_writes_beside_each_image(tmp_path, name):
+    image = pixels()
     if "gray" in name:
-        picture = picture.convert("L")
+        image = image.convert("L")
     if "alpha" in name:
-        picture.putalpha(255)
+        image.putalpha(255)
     path = tmp_path / name
-    picture.save(path, quality=95)
+    image.save(path, quality=95)
     assert predict(Detector(), CATEGORIES, [path]) == []
     drawn = ".detections.png" if name.endswith(".png") else ".detections.jpg"
     assert {file.name for file in tmp_path.iterdir()} == {name, path.stem + drawn, path.stem + ".detections.json"}
 
     written = read(tmp_path / (path.stem + ".detections.json"))
     assert (written["image"], written["width"], written["height"]) == (name, 40, 24)
-    (found,) = written["detections"]
-    assert (found["category"], found["category_id"]) == ("person", 9)
-    assert found["score"] == pytest.approx(0.9)
-    assert found["bbox"] == [6, 4, 24, 8]
-    assert found["keypoints"] == [5.5, 3.5, 1, 5.5, 11.5, 1, 29.5, 11.5, 1]  # COCO's, indices of pixels
-    mask = coco_mask.decode(found["segmentation"])
+    (detection,) = written["detections"]
+    assert (detection["category"], detection["category_id"]) == ("person", 9)
+    assert detection["score"] == pytest.approx(0.9)
+    assert detection["bbox"] == [6, 4, 24, 8]
+    assert detection["keypoints"] == [5.5, 3.5, 1, 5.5, 11.5, 1, 29.5, 11.5, 1]  # COCO's pixel indices
+    mask = coco_mask.decode(detection["segmentation"])
     assert mask.shape == (24, 40)
     assert mask.sum() == 24 * 8 == mask[4:12, 6:30].sum()
 
-    with Image.open(tmp_path / (path.stem + drawn)) as image:
-        assert image.mode == "RGB"
-        assert image.width / image.height == 40 / 24
+    with Image.open(tmp_path / (path.stem + drawn)) as drawing:
+        assert drawing.mode == "RGB"
+        assert drawing.width / drawing.height == 40 / 24
 
 
-def test_coordinates_are_of_the_upright_picture(tmp_path):
+def test_coordinates_are_of_the_upright_image(tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6  # orientation: to be turned by 90 degrees clockwise
+    exif[0x0112] = 6  # orientation: turn by 90 degrees clockwise
     pixels().save(tmp_path / "turned.jpg", exif=exif, quality=95)
     predict(Detector(), CATEGORIES, [tmp_path / "turned.jpg"])
     written = read(tmp_path / "turned.detections.json")
@@ -107,24 +107,24 @@ def test_score_threshold(tmp_path):
     pixels().save(tmp_path / "a.png")
     for threshold, names in ((0.1, ["person", "cup"]), (0.5, ["person"]), (0.95, [])):
         predict(Detector(), CATEGORIES, [tmp_path / "a.png"], score_threshold=threshold)
-        assert [found["category"] for found in read(tmp_path / "a.detections.json")["detections"]] == names
+        assert [detection["category"] for detection in read(tmp_path / "a.detections.json")["detections"]] == names
 
 
 def test_folder_twice(tmp_path):
-    """What the first run has written is no input of the second; nor are other files and folders."""
-    folder = tmp_path / "pictures"
+    """The second run ignores the files that the first one wrote; both ignore other files and subfolders."""
+    folder = tmp_path / "images"
     (folder / "inner").mkdir(parents=True)
     pixels().save(folder / "b.jpg")
     pixels().save(folder / "a.PNG")
     pixels().save(folder / "inner" / "c.png")
-    (folder / "notes.txt").write_text("no picture")
-    assert find_pictures([folder]) == [folder / "a.PNG", folder / "b.jpg"]
-    predict(Detector(), CATEGORIES, find_pictures([folder]))
+    (folder / "notes.txt").write_text("not an image")
+    assert find_images([folder]) == [folder / "a.PNG", folder / "b.jpg"]
+    predict(Detector(), CATEGORIES, find_images([folder]))
     files = {path.name for path in folder.iterdir()}
     assert files >= {"a.detections.png", "a.detections.json", "b.detections.jpg", "b.detections.json"}
-    assert find_pictures([folder]) == [folder / "a.PNG", folder / "b.jpg"]
-    assert find_pictures([*folder.glob("*.jpg"), folder / "b.jpg"]) == [folder / "b.jpg"]
-    predict(Detector(), CATEGORIES, find_pictures([folder]))
+    assert find_images([folder]) == [folder / "a.PNG", folder / "b.jpg"]
+    assert find_images([*folder.glob("*.jpg"), folder / "b.jpg"]) == [folder / "b.jpg"]
+    predict(Detector(), CATEGORIES, find_images([folder]))
     assert {path.name for path in folder.iterdir()} == files
 
 
@@ -135,13 +135,13 @@ def test_output_folder(tmp_path):
     assert {path.name for path in output.iterdir()} == {"a.detections.png", "a.detections.json"}
 
 
-def test_results_of_two_pictures_in_one_file_raise(tmp_path):
+def test_two_images_with_one_output_file_raise(tmp_path):
     paths = [tmp_path / "a.png", tmp_path / "a.jpg"]
-    with pytest.raises(ValueError, match=r"^pictures: expected one for .*a\.detections, got .*a\.png and .*a\.jpg"):
+    with pytest.raises(ValueError, match=r"^images: expected one for .*a\.detections, got .*a\.png and .*a\.jpg"):
         predict(Detector(), CATEGORIES, paths)
 
 
-def test_unreadable_pictures(tmp_path):
+def test_unreadable_images(tmp_path):
     pixels().save(tmp_path / "good.jpg")
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "good.jpg").read_bytes()[:200])
     paths = [tmp_path / "cut.jpg", tmp_path / "absent.png", tmp_path / "good.jpg"]
@@ -155,10 +155,10 @@ def test_unreadable_pictures(tmp_path):
 
 def test_command(tmp_path, monkeypatch):
     checkpoint = tmp_path / "model.pth"
-    monkeypatch.setattr(module, "load_model", {checkpoint: (Detector(), CATEGORIES)}.get)
-    folder = tmp_path / "pictures"
+    monkeypatch.setattr(command, "load_model", {checkpoint: (Detector(), CATEGORIES)}.get)
+    folder = tmp_path / "images"
     folder.mkdir()
-    with pytest.raises(SystemExit, match=r"^images: expected pictures .*, got none in .*pictures'\]$"):
+    with pytest.raises(SystemExit, match=r"^images: expected images .*, got none in .*images'\]$"):
         main(PredictConfig((folder,), checkpoint))
     pixels().save(folder / "good.png")
     main(PredictConfig((folder,), checkpoint))
@@ -167,18 +167,18 @@ def test_command(tmp_path, monkeypatch):
     shutil.copy(__file__, folder / "bad.png")
     with pytest.raises(SystemExit, match=r"^error: .*bad\.png"):
         main(PredictConfig((folder,), checkpoint))
-    with pytest.raises(SystemExit, match=r"^1 of 2 pictures left out:\n.*bad\.png"):
+    with pytest.raises(SystemExit, match=r"^1 of 2 images left out:\n.*bad\.png"):
         main(PredictConfig((folder,), checkpoint, on_error="skip"))
 
 
-def test_nothing_to_draw_leaves_the_picture():
+def test_no_detections_leave_the_image_unchanged():
     image = torch.randint(256, (3, 500, 520), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    nothing = Detections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64), (500, 520))
-    assert torch.equal(draw(image, nothing, CATEGORIES), image)
+    empty = Detections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64), (500, 520))
+    assert torch.equal(draw(image, empty, CATEGORIES), image)
 
 
 def test_drawing_stays_near_the_detection():
-    """The tint inside the mask, nothing far from box and label, and the picture given as it was."""
+    """Only the mask, the box and the label are drawn, and the given image is not modified."""
     image = torch.full((3, 600, 800), 100, dtype=torch.uint8)
     detections = Detections(
         boxes=torch.tensor([[200.0, 200, 400, 300]]),
@@ -199,7 +199,7 @@ def test_drawing_stays_near_the_detection():
 
 
 def test_mask_is_tinted_and_has_a_contour():
-    """A mask of the left half of its box, whose upper edge is beyond the picture's."""
+    """A mask of the left half of its box, whose upper edge is outside the image."""
     masks = torch.ones(1, 28, 28)
     masks[..., 14:] = 0
     detections = Detections(
@@ -216,20 +216,20 @@ def test_mask_is_tinted_and_has_a_contour():
     assert torch.equal(drawn[:, 250, edge], colour)
     assert torch.equal(drawn[:, 250, edge - 8], (0.55 * 100 + 0.45 * colour).to(torch.uint8))
     assert (drawn[:, 250, edge + 1] == 100).all()
-    tint = drawn[:, 3, 280]  # below the box's upper side: the picture's border is no contour
+    tint = drawn[:, 3, 280]  # at the image's border, which is no contour
     assert torch.equal(tint, drawn[:, 250, edge - 8])
 
 
 @pytest.mark.parametrize(("size", "zoom"), [((480, 480), 1), ((192, 256), 3), ((3, 2), 196), ((240, 960), 1)])
-def test_small_pictures_are_enlarged(size, zoom):
+def test_small_images_are_enlarged(size, zoom):
     image = torch.zeros(3, *size, dtype=torch.uint8)
     detections = Detector().find(image.clone().fill_(255))
     assert draw(image, detections, CATEGORIES).shape == (3, zoom * size[0], zoom * size[1])
 
 
-def test_draw_names_what_does_not_fit():
-    nothing = Detections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64), (5, 6))
+def test_draw_checks_its_arguments():
+    empty = Detections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64), (5, 6))
     with pytest.raises(ValueError, match=r"^image: expected uint8 \[3, H, W\], got torch.float32 \[3, 5, 6\]"):
-        draw(torch.zeros(3, 5, 6), nothing, CATEGORIES)
+        draw(torch.zeros(3, 5, 6), empty, CATEGORIES)
     with pytest.raises(ValueError, match=r"^detections: expected image_size \(6, 5\), got \(5, 6\)"):
-        draw(torch.zeros(3, 6, 5, dtype=torch.uint8), nothing, CATEGORIES)
+        draw(torch.zeros(3, 6, 5, dtype=torch.uint8), empty, CATEGORIES)

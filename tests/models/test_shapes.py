@@ -1,4 +1,4 @@
-"""The generated data set, read back with pycocotools."""
+"""The synthetic data set, read with pycocotools."""
 
 import json
 import subprocess
@@ -54,7 +54,7 @@ def files(folder):
 
 
 def edge(mask):
-    """Pixels whose 3 x 3 neighbours are not all alike."""
+    """Pixels whose 3 x 3 neighbours are not all the same."""
     windows = np.lib.stride_tricks.sliding_window_view(np.pad(mask, 1, mode="edge"), (3, 3))
     return windows.any((2, 3)) & ~windows.all((2, 3))
 
@@ -67,8 +67,8 @@ def test_layout_is_coco_s(config, coco):
         assert len(data.imgs) == config.val
     shapes_seen = set()
     for image in coco["instances"].imgs.values():
-        with Image.open(config.output / "val2017" / image["file_name"]) as picture:
-            assert (picture.size, picture.mode, picture.format) == ((image["width"], image["height"]), "RGB", "JPEG")
+        with Image.open(config.output / "val2017" / image["file_name"]) as file:
+            assert (file.size, file.mode, file.format) == ((image["width"], image["height"]), "RGB", "JPEG")
         shapes_seen.add(np.sign(image["width"] - image["height"]))
     assert shapes_seen >= {-1, 1}
 
@@ -116,8 +116,8 @@ def test_every_kind_of_object_and_segmentation_occurs(coco):
     assert 0.01 < large < 0.2
 
 
-def test_segmentations_are_what_was_drawn(coco, drawn):
-    """Run-length codes exactly, polygons but for pixels at an edge: on average of the same size, at the same place."""
+def test_segmentations_are_those_of_the_scene(coco, drawn):
+    """RLE is exact; polygons may differ at edges, but on average have the same area and the same centre."""
     data, ratios, offsets = coco["instances"], [], []
     for image, (_, instances) in enumerate(drawn, 1):
         for entry, instance in zip(data.loadAnns(data.getAnnIds(image)), instances, strict=True):
@@ -132,7 +132,7 @@ def test_segmentations_are_what_was_drawn(coco, drawn):
     assert np.mean(offsets, axis=0) == pytest.approx(0, abs=0.06)
 
 
-def test_objects_cover_each_other_and_none_is_unlabelled(drawn):
+def test_objects_cover_each_other_and_every_one_has_a_mask(drawn):
     hidden = 0
     for _, instances in drawn:
         masks = np.array([instance.mask for instance in instances])
@@ -154,12 +154,12 @@ def test_same_category_overlaps(coco):
 
 
 def test_outlines_stand_out():
-    """Pixels inside and outside of the edge of a single object have different colours."""
+    """Pixels inside and outside the edge of an object have different colours."""
     config = ShapesConfig(Path(), objects=(1, 1))
     contrasts = []
     for index in range(20):
-        picture, (*_, instance) = scene(config, "train2017", index)
-        pixels, mask = np.asarray(picture, np.float64), instance.mask
+        drawing, (*_, instance) = scene(config, "train2017", index)
+        pixels, mask = np.asarray(drawing, np.float64), instance.mask
         edge = mask[:, :-4] & ~mask[:, 4:]
         contrasts.append(np.median(np.linalg.norm(pixels[:, :-4] - pixels[:, 4:], axis=-1)[edge]))
     assert min(contrasts) > 60
@@ -168,8 +168,8 @@ def test_outlines_stand_out():
 def test_keypoints(coco, drawn):
     data = coco["person_keypoints"]
     beneath_others = behind_itself = outside = 0
-    for image, (picture, instances) in enumerate(drawn, 1):
-        entries = data.loadAnns(data.getAnnIds(image))
+    for image_id, (drawing, instances) in enumerate(drawn, 1):
+        entries = data.loadAnns(data.getAnnIds(image_id))
         people = [instance for instance in instances if instance.category == "person"]
         for entry, person in zip(entries, people, strict=True):
             keypoints = np.array(entry["keypoints"]).reshape(17, 3)
@@ -178,7 +178,7 @@ def test_keypoints(coco, drawn):
                 assert not keypoints.any()
                 continue
             x, y, visibility = (keypoints[keypoints[:, 2] > 0] + (PIXEL_CENTRE, PIXEL_CENTRE, 0)).T
-            assert ((x < picture.width) & (y < picture.height)).all()
+            assert ((x < drawing.width) & (y < drawing.height)).all()
             on_mask = person.mask[y.astype(int), x.astype(int)]
             assert on_mask[visibility == 2].all()
             beneath_others += np.sum(~on_mask[visibility == 1])
@@ -196,7 +196,7 @@ def test_people_face_the_viewer(coco):
 
 
 @pytest.mark.parametrize("kind", ["bbox", "segm", "keypoints"])
-def test_the_truth_as_detections_has_an_ap_of_one(coco, kind):
+def test_the_ground_truth_as_detections_has_an_ap_of_one(coco, kind):
     truth = coco["person_keypoints" if kind == "keypoints" else "instances"]
     field = {"segm": "segmentation"}.get(kind, kind)
     results = []
@@ -208,7 +208,7 @@ def test_the_truth_as_detections_has_an_ap_of_one(coco, kind):
     evaluation.evaluate()
     evaluation.accumulate()
     evaluation.summarize()
-    # AP, AP50, AP75, then by size; people of less than 32 x 32 pixels have no AP of keypoints.
+    # AP, AP50, AP75, then by size. Keypoints of people smaller than 32 x 32 pixels are not scored.
     assert evaluation.stats[: 5 if kind == "keypoints" else 6] == pytest.approx(1)
 
 
@@ -242,7 +242,7 @@ def test_ensure_generates_what_is_missing_or_different(small, monkeypatch):
     assert "scenes" not in (small.output / SETTINGS).read_text()
 
 
-def test_an_interruption_leaves_what_was_there(small, monkeypatch):
+def test_an_interruption_keeps_the_earlier_data_set(small, monkeypatch):
     generate(small)
     before = files(small.output)
 
@@ -256,7 +256,7 @@ def test_an_interruption_leaves_what_was_there(small, monkeypatch):
     assert [path.name for path in small.output.parent.iterdir()] == ["shapes"]
 
 
-def test_files_of_another_origin_are_not_replaced(small):
+def test_a_folder_with_other_files_is_not_replaced(small):
     small.output.mkdir()
     (small.output / "thesis.tex").write_text("draft")
     with pytest.raises(ValueError, match=r"output: expected a new folder .* got .*shapes"):

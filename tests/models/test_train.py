@@ -1,4 +1,4 @@
-"""Training: what it writes, that it goes on where it was killed, over processes, and stops at what is not finite."""
+"""Training: its files, resuming a killed run, several processes, stages, and losses that are not finite."""
 
 import json
 import os
@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from models import train
+from models import stages, train
+from models.config import SolverConfig
 from models.data.synthetic.shapes import ShapesConfig, generate
 from models.network.mask_rcnn import MaskRCNN
+from models.presets import PRESETS
 from models.weights import checkpoint
 
 pytestmark = [pytest.mark.reference_only, pytest.mark.unpoisoned]
@@ -76,13 +78,24 @@ def weights(path):
     return torch.load(path, weights_only=True)["model"]
 
 
+def log_of(output):
+    """The lines of training in a run's log."""
+    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["group"] == "train"]
+
+
+def losses_of(line):
+    """The names of the losses in a line of the log."""
+    return [name for name in line if name not in ("iteration", "group", "loss", "lr", "images_per_second")]
+
+
 def assert_same(one, other):
     assert one.keys() == other.keys()
     for name, value in one.items():
         assert torch.equal(value, other[name]), name
 
 
-def test_a_run_writes_what_it_says(uninterrupted, shapes):
+def test_a_run_writes_log_metrics_and_model(uninterrupted, shapes):
     output, text = uninterrupted
     assert "learning rate 0.08 for 16 images: 0.01 for 2, on 1 x cpu" in text
     lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
@@ -101,7 +114,7 @@ def test_a_run_writes_what_it_says(uninterrupted, shapes):
     assert json.loads((output / "config.json").read_text())["data"]["root"] == str(shapes)
 
 
-def test_a_killed_run_ends_where_it_would_have(uninterrupted, shapes, tmp_path):
+def test_a_killed_run_resumes_bit_for_bit(uninterrupted, shapes, tmp_path):
     output = tmp_path / "killed"
     process = subprocess.Popen(
         command(shapes, output), cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL
@@ -111,8 +124,9 @@ def test_a_killed_run_ends_where_it_would_have(uninterrupted, shapes, tmp_path):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    iteration = torch.load(output / train.LAST, weights_only=True)["iteration"]
-    assert iteration in (2, 4)
+    state = torch.load(output / train.LAST, weights_only=True)
+    assert state["iteration"] in (2, 4)
+    assert state["stage"] == 0
     assert not (output / train.FINAL).exists()
 
     code, text = run(shapes, output, "--resume")
@@ -146,7 +160,7 @@ def test_two_processes_train(shapes, tmp_path):
     assert weights(tmp_path / "two" / train.FINAL)
 
 
-def test_what_is_not_finite_stops_all_processes_and_keeps_the_checkpoint(shapes, tmp_path):
+def test_a_loss_that_is_not_finite_stops_all_processes_and_keeps_the_checkpoint(shapes, tmp_path):
     output = tmp_path / "nan"
     code, text = run(
         *(shapes, output, "--solver.clip-norm", "None", "--solver.warmup", "0", "--solver.iterations", "40"),
@@ -160,3 +174,73 @@ def test_what_is_not_finite_stops_all_processes_and_keeps_the_checkpoint(shapes,
     if (output / train.LAST).exists():
         for name, value in weights(output / train.LAST).items():
             assert value.isfinite().all(), name
+
+
+def demo(shapes, output):
+    preset = PRESETS["demo"]
+    return replace(
+        preset,
+        model=replace(preset.model, input=replace(preset.model.input, min_size=64, max_size=96)),
+        data=replace(preset.data, root=shapes, train_min_sizes=(64,), workers=0),
+        solver=replace(preset.solver, images_per_gpu=2, evaluate_every=4, checkpoint_every=1, log_every=1),
+        output=output,
+    )
+
+
+def test_stages_follow_each_other_and_resume(uninterrupted, shapes, tmp_path, monkeypatch):
+    rpn_losses = tuple(losses_of(log_of(uninterrupted[0])[0])[:2])
+
+    def two_stages(solver):
+        """The RPN with its losses, then everything."""
+        schedule = replace(stages.end_to_end(solver)[0].schedule, iterations=2)
+        rpn = stages.Stage("rpn", schedule, trainable=("rpn.",), losses=rpn_losses)
+        return rpn, stages.Stage("all", schedule)
+
+    monkeypatch.setattr(train, "end_to_end", two_stages)
+    states = {}
+
+    def record(path, model, categories, **training):
+        checkpoint_save(path, model, categories, **training)
+        if training:
+            states[training["stage"], training["iteration"]] = torch.load(path, weights_only=True)
+
+    checkpoint_save = checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", record)
+    config = demo(shapes, tmp_path / "whole")
+    train.train(config)
+    assert list(states) == [(0, 1), (0, 2), (1, 1), (1, 2)]
+
+    parameters = [name for name, _ in MaskRCNN(replace(config.model, classes=5)).named_parameters()]
+    first, second, last = (states[key]["model"] for key in ((0, 1), (0, 2), (1, 2)))
+    changed = {name for name in parameters if not torch.equal(first[name], second[name])}
+    assert changed == {name for name in parameters if name.startswith("rpn.")}
+    assert not torch.equal(second["backbone.conv1.weight"], last["backbone.conv1.weight"])
+
+    logged = log_of(tmp_path / "whole")
+    assert [line["iteration"] for line in logged] == [1, 2, 3, 4]
+    assert [len(losses_of(line)) for line in logged] == [2, 2, 5, 5]
+    assert [line["lr"] for line in logged[:2]] == [line["lr"] for line in logged[2:]]  # the schedule starts again
+
+    for stage, iteration in ((0, 2), (1, 1)):
+        output = tmp_path / f"resumed {stage}"
+        output.mkdir()
+        torch.save(states[stage, iteration], output / train.LAST)
+        train.train(replace(config, output=output, resume=True))
+        assert_same(weights(output / train.FINAL), last)
+
+
+def test_schedule():
+    solver = SolverConfig(iterations=100, steps=(50, 80), gamma=0.1, warmup=10, warmup_factor=0.2)
+    (stage,) = stages.end_to_end(solver)
+    factors = [stage.schedule.factor(iteration) for iteration in (0, 5, 10, 49, 50, 79, 80)]
+    assert factors == pytest.approx([0.2, 0.6, 1, 1, 0.1, 0.1, 0.01])
+    assert replace(stage.schedule, warmup=0).factor(0) == 1
+    assert stages.total_iterations([stage, stage]) == 200
+
+
+def test_prefixes_of_a_stage_are_checked():
+    stage = stages.Stage("some", stages.end_to_end(SolverConfig())[0].schedule, trainable=("rpm.",), losses=("x",))
+    with pytest.raises(ValueError, match=r"^trainable: expected prefixes of a, b, got 'rpm\.'"):
+        stage.set_trainable({"a": torch.nn.Parameter(torch.zeros(1)), "b": torch.nn.Parameter(torch.zeros(1))})
+    with pytest.raises(ValueError, match=r"^losses: expected prefixes of a, got 'x'"):
+        stage.select_losses({"a": torch.zeros(())})

@@ -14,8 +14,8 @@ NAMES = ("nose", "left_eye", "right_eye", "tail")
 
 
 def sample(height=40, width=64):
-    """A picture whose lit pixels are the keypoints of its one object, and its target."""
-    pixels = torch.tensor([[30, 12], [24, 8], [37, 9], [0, 0]])  # x, y; the last has no label
+    """An image whose bright pixels are the keypoints of its one object, and its target."""
+    pixels = torch.tensor([[30, 12], [24, 8], [37, 9], [0, 0]])  # x, y; the last one is unlabelled
     image = torch.zeros(3, height, width, dtype=torch.uint8)
     image[:, pixels[:3, 1], pixels[:3, 0]] = 255
     masks = torch.zeros(1, height, width, dtype=torch.uint8)
@@ -45,14 +45,14 @@ def assert_consistent(image, target, tolerance):
         assert image[0, y, x] > 0
 
 
-def test_a_flip_takes_everything_along():
+def test_a_flip_changes_everything_alike():
     image, target = sample()
     flipped_image, flipped = flip(image, target, mirrored_keypoints(NAMES))
     assert torch.equal(flipped_image, image.flip(2))
     assert torch.equal(flipped.masks, target.masks.flip(2))
     assert_consistent(flipped_image, flipped, 0)
     assert flipped.crowds.tolist() == [[56.5, 1.0, 64.0, 9.0]]
-    # What was the left eye, at pixel 24, is the right one, at pixel 63 - 24, occluded as before.
+    # The left eye, at pixel 24, becomes the right eye, at pixel 63 - 24; it is still occluded.
     assert flipped.keypoints[0, NAMES.index("right_eye")].tolist() == [39.5, 8.5, 1]
     assert flipped.keypoints[0, NAMES.index("nose")].tolist() == [33.5, 12.5, 2]
     assert flipped.keypoints[0, NAMES.index("tail")].tolist() == [0, 0, 0]
@@ -71,7 +71,7 @@ def test_two_flips_are_none():
 @pytest.mark.parametrize(
     ("min_size", "max_size", "shape"), [(80, 1000, (80, 128)), (80, 96, (60, 96)), (20, 99, (20, 32))]
 )
-def test_a_size_takes_everything_along(min_size, max_size, shape):
+def test_a_resize_changes_everything_alike(min_size, max_size, shape):
     image, target = sample()
     resized_image, resized = resize(image, target, min_size, max_size)
     assert resized_image.shape == (3, *shape)
@@ -83,7 +83,7 @@ def test_a_size_takes_everything_along(min_size, max_size, shape):
     assert torch.equal(resized.keypoints[..., 2], target.keypoints[..., 2])
 
 
-def test_a_third_of_a_mask_has_the_middle_of_each_three_pixels():
+def test_a_mask_of_a_third_of_the_size_has_the_middle_of_three_pixels():
     image, target = sample(height=42, width=66)
     masks = torch.randint(2, (2, 42, 66), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     _, resized = resize(image, replace(target, masks=masks), 14, 1000)
@@ -125,17 +125,17 @@ def test_keypoints_without_their_other_side():
 def test_an_augmentation_depends_on_its_seed_alone():
     augmentation = Augmentation((20, 30, 40), 1000, 0.5, mirrored_keypoints(NAMES))
     image, target = sample()
-    drawn = []
+    outcomes = []
     for seed in range(60):
         first_image, first = augmentation(image, target, seed)
-        torch.rand(seed)  # the global generator has no part in it
+        torch.rand(seed)  # the global generator is not used
         second_image, second = augmentation(image, target, seed)
         assert torch.equal(first_image, second_image)
         assert torch.equal(first.keypoints, second.keypoints)
-        drawn.append((first_image.shape[1], bool(first.keypoints[0, 0, 0] > first_image.shape[2] / 2)))
-    # All six occur: three sizes, of which each is drawn with and without a flip.
-    assert {size for size, _ in drawn} == {20, 30, 40}
-    assert len(set(drawn)) == 6
+        outcomes.append((first_image.shape[1], bool(first.keypoints[0, 0, 0] > first_image.shape[2] / 2)))
+    # All six combinations of three sizes, with and without a flip, occur.
+    assert {size for size, _ in outcomes} == {20, 30, 40}
+    assert len(set(outcomes)) == 6
 
 
 @pytest.mark.parametrize("probability", [0.0, 1.0])

@@ -1,1 +1,1 @@
-"""A generated data set in COCO's format."""
+"""Generation of a synthetic data set in COCO's format."""

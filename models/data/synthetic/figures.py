@@ -1,4 +1,4 @@
-"""Outlines of what the generated pictures show: shapes, stick figures with COCO's 17 keypoints, and crowds of them."""
+"""Outlines of the objects in generated images: shapes, people with COCO's 17 keypoints, and crowds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 Points = NDArray[np.float64]  # [N, 2], x and y
 
-# COCO's keypoints, in its order, and the parts of a person each belongs to: it is seen where one of them is in front.
+# COCO's keypoints in its order, and the parts of a person that each belongs to. A keypoint is visible if one of its
+# parts is in front at its place.
 KEYPOINTS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("nose", "left_eye", "right_eye"), ("head", "face")),
     **dict.fromkeys(("left_ear", "right_ear"), ("head",)),
@@ -21,7 +22,7 @@ KEYPOINTS: dict[str, tuple[str, ...]] = {
     **{f"{side}_hip": ("torso", f"{side} leg") for side in ("left", "right")},
     **{f"{side}_{joint}": (f"{side} leg",) for joint in ("knee", "ankle") for side in ("left", "right")},
 }
-SKELETON = (  # COCO's pairs of keypoints, from 1
+SKELETON = (  # COCO's pairs of keypoints, counted from 1
     *((16, 14), (14, 12), (17, 15), (15, 13), (12, 13), (6, 12), (7, 13), (6, 7), (6, 8), (7, 9)),
     *((8, 10), (9, 11), (2, 3), (1, 2), (1, 3), (2, 4), (3, 5), (4, 6), (5, 7)),
 )
@@ -29,7 +30,7 @@ SKELETON = (  # COCO's pairs of keypoints, from 1
 
 @dataclass(frozen=True)
 class Part:
-    """A region: polygons, united, without the holes. Parts of a figure with the same `paint` are painted alike."""
+    """A region: the union of polygons without the holes. Parts of a figure with the same `paint` share a texture."""
 
     name: str
     paint: str
@@ -39,7 +40,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Figure:
-    """An object: its parts, the later in front of the earlier."""
+    """An object. Later parts are in front of earlier ones."""
 
     category: str
     parts: tuple[Part, ...]
@@ -47,6 +48,8 @@ class Figure:
     crowd: bool = False
 
     def transform(self, matrix: Points, offset: Points) -> Figure:
+        """The figure with each point multiplied by `matrix`, `[2, 2]`, and moved by `offset`, `[2]`."""
+
         def move(polygons: Iterable[Points]) -> tuple[Points, ...]:
             return tuple(polygon @ matrix.T + offset for polygon in polygons)
 
@@ -56,20 +59,27 @@ class Figure:
 
 
 def figure(category: str, size: float, centre: Points, rng: Generator) -> Figure:
-    """An object, turned and stretched, of about `size` squared pixels."""
+    """Draw a random object.
+
+    Args:
+        category: "person" or a key of `OUTLINES`.
+        size: square root of its approximate area, in pixels.
+        centre: x and y in pixels.
+        rng: for rotation, aspect ratio and pose.
+    """
     if category == "person":
         result, scale = _person(rng), np.full(2, PERSON_HEIGHT * size)
     else:
         holes = (_circle(rng.uniform(0.26, 0.34)),) if category == "ring" else ()
         result = Figure(category, (Part("shape", "shape", (OUTLINES[category],), holes),))
         scale = size * np.exp(rng.uniform(-0.12, 0.12, 2))
-    turn = rng.uniform(-0.3, 0.3)  # more or less upright, as most things are
+    turn = rng.uniform(-0.3, 0.3)  # radians: approximately upright
     rotation = np.array([(np.cos(turn), -np.sin(turn)), (np.sin(turn), np.cos(turn))])
     return result.transform(rotation * scale, centre)
 
 
 def crowd(category: str, centre: Points, rng: Generator) -> Figure:
-    """Many small objects that are annotated as one."""
+    """Draw many small objects around `centre`, which are annotated as one."""
     count, size = rng.integers(8, 15), rng.uniform(13, 19)
     places = centre + rng.normal(scale=1.4 * size, size=(count, 2))
     members = [figure(category, size * rng.uniform(0.8, 1.2), place, rng) for place in places]
@@ -78,12 +88,13 @@ def crowd(category: str, centre: Points, rng: Generator) -> Figure:
 
 
 def _circle(radius: float, centre: Sequence[float] = (0, 0), corners: int = 48) -> Points:
-    """A regular polygon, from its upper corner on."""
+    """A regular polygon, starting with its top corner."""
     angles = np.arange(corners) * 2 * np.pi / corners - np.pi / 2
     return radius * np.stack([np.cos(angles), np.sin(angles)], 1) + centre
 
 
 def _unit_area(outline: Points) -> Points:
+    """Scale a polygon to an area of 1 (shoelace formula)."""
     x, y = outline.T
     return outline / np.sqrt(abs(x @ np.roll(y, 1) - y @ np.roll(x, 1)) / 2)
 
@@ -95,9 +106,9 @@ OUTLINES = {
     "triangle": _unit_area(_circle(1, corners=3)),
 }
 
-# The person around its waist, in units of its height when it stands upright; it covers about a third of their square.
+# A person in units of its upright height, with the origin at its waist. Its area is about 0.3 squared units.
 PERSON_HEIGHT = 0.3**-0.5
-HEAD, NOSE, EYE, EAR = (0.0, -0.41), (0.0, -0.4), (0.035, -0.43), (0.09, -0.41)  # of two, those of its left side
+HEAD, NOSE, EYE, EAR = (0.0, -0.41), (0.0, -0.4), (0.035, -0.43), (0.09, -0.41)  # of pairs, the left one
 SHOULDER, HIP = (0.13, -0.27), (0.07, 0.02)
 TORSO = ((-0.165, -0.3), (0.165, -0.3), (0.125, 0.06), (-0.125, 0.06))
 MOUTH = ((-0.03, -0.365), (0.03, -0.365))
@@ -105,7 +116,7 @@ MIRROR = np.array([-1, 1])
 
 
 def _person(rng: Generator) -> Figure:
-    """In a random pose. It faces the viewer: its left is at the right."""
+    """A person in a random pose, facing the viewer: its left side is at the right of the image."""
     limbs: dict[str, Points] = {}
     for side, mirror in (("left", np.ones(2)), ("right", MIRROR)):
         arm, thigh = rng.uniform((-0.1, 0.0), (1.4, 0.6))
@@ -129,13 +140,13 @@ def _person(rng: Generator) -> Figure:
 
 
 def _chain(start: Sequence[float], lengths: Sequence[float], angles: Sequence[float]) -> Points:
-    """Joints from `start` on, each at an angle from straight down, outwards."""
+    """Joints of a limb from `start` on. Angles are in radians, 0 is straight down and positive ones point outwards."""
     steps = [(length * np.sin(angle), length * np.cos(angle)) for length, angle in zip(lengths, angles, strict=True)]
     return np.cumsum([start, *steps], 0)
 
 
 def _limb(joints: Points, radius: float) -> tuple[Points, ...]:
-    """A round-ended polygon from each joint to the next."""
+    """For each pair of consecutive joints, a polygon with round ends."""
     bones = []
     for start, end in pairwise(joints):
         x, y = (end - start) / np.linalg.norm(end - start)

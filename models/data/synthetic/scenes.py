@@ -1,8 +1,8 @@
-"""Generated pictures of overlapping textured figures, and what is to be seen on them.
+"""Generated images of overlapping textured figures, and their ground truth.
 
-Only outlines tell the categories: colours and textures are drawn at random, for the background too. Later figures cover
-earlier ones, and a figure is placed only where enough of itself and of all others stays visible, so that nothing in a
-picture is without its annotation. Coordinates are continuous pixels: pixel i covers i..i+1.
+Only the outline distinguishes the categories: colours and textures are random, also those of the background. Later
+figures cover earlier ones. A figure is placed only where enough of it and of all others stays visible, so that every
+visible object has an annotation. Coordinates are continuous pixels: pixel i covers [i, i + 1].
 """
 
 from __future__ import annotations
@@ -18,30 +18,40 @@ from PIL import Image, ImageDraw
 from models.data.synthetic.figures import KEYPOINTS, OUTLINES, Figure, Part, Points, crowd, figure
 
 CATEGORIES = ("person", *OUTLINES)
-SIZES = (20, 80, 180)  # least, most frequent and largest square root of a figure's area, in pixels
-MIN_VISIBLE = 0.6  # of a figure's area, which others and the picture's edges leave
-MIN_PIXELS = 24
-SIBLING = 0.3  # probability of a figure that touches one of its own category
-CROWD = 0.12  # probability of a crowd in a picture
-TRIES = 20  # for each figure, to find its place
-SUPERSAMPLE = 5  # subpixels a side, of which an edge is averaged
-# Of 255, what makes a pixel a mask's: a half, and the half of a subpixel by which Pillow's polygons are too wide.
+SIZES = (20, 80, 180)  # square root of a figure's area in pixels: minimum, mode and maximum
+MIN_VISIBLE = 0.6  # fraction of a figure's area that is inside the image and not covered
+MIN_PIXELS = 24  # visible pixels of a figure
+SIBLING = 0.3  # probability that a figure is placed at one of the same category, to overlap it
+CROWD = 0.12  # probability of a crowd in an image
+TRIES = 20  # attempts to place a figure
+SUPERSAMPLE = 5  # subpixels per side of a pixel, for antialiased edges
+# Coverage, of 255, from which a pixel belongs to a mask: a half, plus half a subpixel because Pillow's polygons are too
+# wide by that.
 COVERED = round(255 * (0.5 + 0.5 / SUPERSAMPLE))
 
 
 @dataclass(frozen=True)
 class Instance:
-    """An object of a picture."""
+    """The ground truth of an object in an image."""
 
     category: str
-    mask: NDArray[np.bool_]  # [H, W], what is visible
-    outline: tuple[Points, ...]  # polygons, where all of it is visible and it has no holes
-    keypoints: Points | None  # [17, 3] of a person: x, y, COCO's visibility
+    mask: NDArray[np.bool_]  # [H, W], the visible pixels
+    outline: tuple[Points, ...]  # polygons; empty if the object has holes or is not completely visible
+    keypoints: Points | None  # [17, 3]: x, y and COCO's visibility; None if it has none
     crowd: bool
 
 
 def draw(rng: Generator, sides: tuple[int, int], objects: tuple[int, int]) -> tuple[Image.Image, list[Instance]]:
-    """A picture with `sides` (least, most) pixels a side and `objects` (least, most) on it beside a crowd."""
+    """Draw a random image.
+
+    Args:
+        rng: determines everything.
+        sides: minimum and maximum of height and width, in pixels.
+        objects: minimum and maximum number of objects, not counting a crowd. Fewer result if some find no place.
+
+    Returns:
+        The image, and its objects from back to front.
+    """
     size = width, height = rng.integers(*sides, size=2, endpoint=True)
     scene = _Scene(height, width, rng)
     if rng.random() < CROWD:
@@ -58,7 +68,7 @@ def draw(rng: Generator, sides: tuple[int, int], objects: tuple[int, int]) -> tu
             if scene.place(candidate):
                 singles.append(candidate)
                 break
-    return scene.picture(), scene.instances()
+    return scene.render(), scene.instances()
 
 
 def _category(rng: Generator) -> str:
@@ -66,7 +76,7 @@ def _category(rng: Generator) -> str:
 
 
 class _Scene:
-    """A picture while it is painted: its pixels, and which part of which figure each of them shows."""
+    """An image under construction: its pixels, and the part of a figure that each pixel shows."""
 
     def __init__(self, height: int, width: int, rng: Generator):
         self.rng = rng
@@ -75,10 +85,10 @@ class _Scene:
         grain = rng.uniform(0, 25) * (np.asarray(_texture(width, height, rng), np.float32) / 255 - 0.5)
         self.canvas = _image(np.asarray(_blow_up(patches, width, height)) + grain[..., None])
         self.owner = np.zeros((height, width), np.int64)  # 0 is the background
-        self.figures: list[tuple[Figure, int, int]] = []  # with the owner that is its first part, and its area
+        self.figures: list[tuple[Figure, int, int]] = []  # figure, owner index of its first part, area
 
     def place(self, candidate: Figure) -> bool:
-        """Paint a figure, unless too little of it or of an earlier one would be visible."""
+        """Paint a figure if enough of it and of all earlier ones stays visible; returns whether it was painted."""
         corners, (height, width) = _corners(candidate), self.owner.shape
         left, top = np.floor(corners.min(0)).astype(int).tolist()
         right, bottom = np.ceil(corners.max(0)).astype(int).tolist()
@@ -110,7 +120,12 @@ class _Scene:
         return True
 
     def _paint(self, beneath: NDArray, size: tuple[int, int]) -> Image.Image:
-        """A texture in that of 16 random pairs of colours which stands out most from the pixels `beneath`, `[N, 3]`."""
+        """A random texture in two colours that stand out from what it covers.
+
+        Args:
+            beneath: `[N, 3]`, pixels to be covered. Of 16 random pairs of colours, the most distant one is taken.
+            size: width and height.
+        """
         pairs = self.rng.integers(0, 256, (16, 2, 3))
         pairs[:, 1] = pairs[:, 0] + (pairs[:, 1] - pairs[:, 0]) // 3  # a texture must not hide the outline
         distances = np.linalg.norm(pairs[:, :, None] - beneath[:: 1 + len(beneath) // 32], axis=-1)
@@ -118,11 +133,13 @@ class _Scene:
         one, other = (Image.new("RGB", size, tuple(colour)) for colour in pair.tolist())
         return Image.composite(one, other, _texture(*size, self.rng))
 
-    def picture(self) -> Image.Image:
+    def render(self) -> Image.Image:
+        """The image with noise added."""
         noise = self.rng.standard_normal(self.owner.shape, np.float32) * self.rng.uniform(1, 6)
         return _image(np.asarray(self.canvas) + noise[..., None])
 
     def instances(self) -> list[Instance]:
+        """The ground truth of all figures, from back to front."""
         result = []
         for drawn, first, area in self.figures:
             mask = (self.owner >= first) & (self.owner < first + len(drawn.parts))
@@ -132,6 +149,7 @@ class _Scene:
         return result
 
     def _keypoints(self, drawn: Figure, first: int) -> Points | None:
+        """`[17, 3]`: x, y, and visibility 2 if a part of the keypoint is in front, 1 if hidden, 0 if outside."""
         if drawn.keypoints is None:
             return None
         height, width = self.owner.shape
@@ -148,7 +166,7 @@ def _corners(drawn: Figure) -> Points:
 
 
 def _stencil(part: Part, left: int, top: int, width: int, height: int) -> Image.Image:
-    """How much of each pixel a part covers, 0..255."""
+    """The coverage of each pixel by a part, 0..255."""
     canvas = Image.new("L", (width * SUPERSAMPLE, height * SUPERSAMPLE))
     pen = ImageDraw.Draw(canvas)
     for polygons, fill in ((part.polygons, 255), (part.holes, 0)):
@@ -157,7 +175,7 @@ def _stencil(part: Part, left: int, top: int, width: int, height: int) -> Image.
     return canvas.reduce(SUPERSAMPLE)
 
 
-# From positions, 2 pi to the period, to 0..1.
+# Functions of a position (2 pi is a period) to brightness, clipped to 0..1.
 TEXTURES: tuple[Callable[[NDArray, NDArray], NDArray], ...] = (
     lambda u, _: 0.5 + 2 * np.sin(u),  # stripes
     lambda u, v: 0.5 + 2 * np.sin(u) * np.sin(v),  # checks
@@ -167,7 +185,7 @@ TEXTURES: tuple[Callable[[NDArray, NDArray], NDArray], ...] = (
 
 
 def _texture(width: int, height: int, rng: Generator) -> Image.Image:
-    """Grey, 0..255."""
+    """A random texture in grey, 0..255."""
     choice = rng.integers(len(TEXTURES) + 1)
     if choice == len(TEXTURES):  # blotches
         return _blow_up(rng.uniform(0, 255, (2 + height // 10, 2 + width // 10)), width, height)

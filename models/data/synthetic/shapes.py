@@ -1,7 +1,7 @@
-"""A generated data set in COCO's layout: `python -m models.data.synthetic.shapes --output DIR`.
+"""A synthetic data set in COCO's layout: `python -m models.data.synthetic.shapes --output DIR`.
 
-Its pictures are those of `scenes`: overlapping textured shapes, and stick figures with COCO's 17 keypoints.
-Segmentations are polygons where an object is visible as a whole, run-length codes elsewhere, uncompressed for crowds.
+The images, from `scenes`, show overlapping textured shapes and people with COCO's 17 keypoints. The segmentation is
+polygons if an object is completely visible, compressed RLE if not, and uncompressed RLE for a crowd.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from models.data.coco import PIXEL_CENTRE
 from models.data.synthetic import scenes
 from models.data.synthetic.figures import KEYPOINTS, SKELETON
 
-# With gaps, as COCO's: an id is not a label.
+# The ids have gaps, as COCO's have: an id is not a label.
 CATEGORY_IDS = dict(zip(scenes.CATEGORIES, (1, 3, 4, 8, 9), strict=True))
 SPLITS = ("train2017", "val2017")
-SETTINGS = "shapes.json"  # in the data set's folder: what it was generated from
-SOURCES = ("figures.py", "scenes.py", "shapes.py")  # which the pictures depend on
+SETTINGS = "shapes.json"  # in the data set's folder: the settings and the code that generated it
+SOURCES = ("figures.py", "scenes.py", "shapes.py")  # the code that the images depend on
 JPEG_QUALITY = 92
 
 
 @dataclass(frozen=True)
 class ShapesConfig:
-    """What is generated, and where."""
+    """The data set to generate."""
 
     output: Path
     train: int = 1500  # images
     val: int = 200
-    sides: tuple[int, int] = (240, 320)  # least and most pixels a side
-    objects: tuple[int, int] = (3, 9)  # least and most in an image
+    sides: tuple[int, int] = (240, 320)  # minimum and maximum of height and width, in pixels
+    objects: tuple[int, int] = (3, 9)  # minimum and maximum in an image
     seed: int = 0
 
     def __post_init__(self):
@@ -49,17 +49,17 @@ class ShapesConfig:
 
 
 def ensure(config: ShapesConfig) -> None:
-    """Generate the data set, unless it is there with these settings."""
+    """Generate the data set, unless the folder already has it with the same settings and code."""
     settings = config.output / SETTINGS
     if not (settings.exists() and settings.read_text() == _settings(config)):
         generate(config)
 
 
 def generate(config: ShapesConfig) -> None:
-    """Write the data set in the place of an earlier one. The folder is there once it is complete.
+    """Write the data set, replacing an earlier one. The folder appears only when it is complete.
 
     Raises:
-        ValueError: the folder has files of another origin.
+        ValueError: The folder has other files.
     """
     output = config.output.resolve()
     if output.exists() and any(output.iterdir()) and not (output / SETTINGS).exists():
@@ -77,27 +77,27 @@ def generate(config: ShapesConfig) -> None:
 
 
 def scene(config: ShapesConfig, split: str, index: int) -> tuple[Image.Image, list[scenes.Instance]]:
-    """Image `index` of a split, independent of how many there are."""
+    """Image `index` of a split with its objects. It does not depend on the number of images."""
     rng = np.random.default_rng((config.seed, SPLITS.index(split), index))
     return scenes.draw(rng, config.sides, config.objects)
 
 
 def annotation(instance: scenes.Instance) -> dict[str, Any]:
-    """COCO's entry for an object, a person's with its keypoints; without the ids of its own and its image's."""
+    """COCO's annotation of an object, without `id` and `image_id`; with keypoints for a person."""
     height, width = instance.mask.shape
-    code = coco_mask.encode(np.asfortranarray(instance.mask, np.uint8))
-    segmentation: Any = {"size": [height, width], "counts": code["counts"].decode()}
+    rle: Any = coco_mask.encode(np.asfortranarray(instance.mask, np.uint8))
+    segmentation: Any = {"size": [height, width], "counts": rle["counts"].decode()}
     if instance.crowd:
         segmentation["counts"] = _runs(instance.mask)
     elif instance.outline:
         segmentation = [polygon.round(2).ravel().tolist() for polygon in instance.outline]
-        code = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
+        rle = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
     entry = {
         "category_id": CATEGORY_IDS[instance.category],
         "iscrowd": int(instance.crowd),
         "segmentation": segmentation,
-        "area": float(coco_mask.area(code)),
-        "bbox": coco_mask.toBbox(code).tolist(),
+        "area": float(coco_mask.area(rle)),
+        "bbox": coco_mask.toBbox(rle).tolist(),
     }
     if instance.category == "person":
         keypoints = np.zeros((len(KEYPOINTS), 3)) if instance.keypoints is None else instance.keypoints
@@ -110,20 +110,21 @@ def annotation(instance: scenes.Instance) -> dict[str, Any]:
 
 
 def _runs(mask: np.ndarray) -> list[int]:
-    """Lengths of a mask's runs, down its columns: of zeros first, then of ones and zeros in turn."""
+    """The run lengths of a mask, column by column: alternately of zeros and ones, zeros first."""
     values = mask.ravel("F").astype(np.int8)
     ends = np.flatnonzero(np.diff(values, prepend=0, append=-1))
     return np.diff(ends, prepend=0).tolist()
 
 
 def _write(config: ShapesConfig, folder: Path, split: str, count: int) -> None:
+    """Write the images and both annotation files of a split."""
     images, entries = [], []
     (folder / split).mkdir()
     for index in tqdm(range(count), f"generating {split}", unit="image"):
-        picture, instances = scene(config, split, index)
+        image, instances = scene(config, split, index)
         name = f"{index + 1:012d}.jpg"
-        picture.save(folder / split / name, quality=JPEG_QUALITY)
-        images.append({"id": index + 1, "file_name": name, "height": picture.height, "width": picture.width})
+        image.save(folder / split / name, quality=JPEG_QUALITY)
+        images.append({"id": index + 1, "file_name": name, "height": image.height, "width": image.width})
         for instance in instances:
             entries.append({"id": len(entries) + 1, "image_id": index + 1, **annotation(instance)})
 
@@ -143,7 +144,7 @@ def _write(config: ShapesConfig, folder: Path, split: str, count: int) -> None:
 
 
 def _settings(config: ShapesConfig) -> str:
-    """What the data set depends on, as JSON: the configuration but for the place, and the code."""
+    """Everything that the data set depends on, as JSON: the config without the folder, and a hash of the code."""
     code = b"".join(Path(__file__).with_name(name).read_bytes() for name in SOURCES)
     settings = {**asdict(config), "code": hashlib.sha256(code).hexdigest()}
     del settings["output"]

@@ -1,4 +1,4 @@
-"""A small data set in COCO's format, to be written with or without faults."""
+"""A small data set in COCO's format, written to disk with or without errors."""
 
 import json
 
@@ -22,7 +22,7 @@ def rle(region):
 
 
 def person(**entries):
-    """An annotation of image 10; `entries` replace its own, those that are None are left out."""
+    """An annotation of image 10, with its fields replaced by `entries` and without those that are None."""
     keypoints = [6, 5, 2, 10, 7, 1, 0, 0, 0]
     annotation = {"id": 1, "image_id": 10, "category_id": 4, "bbox": [4, 4, 8, 10], "area": 80, "iscrowd": 0}
     annotation |= {"segmentation": [SQUARE], "keypoints": keypoints, "num_keypoints": 2}
@@ -30,7 +30,7 @@ def person(**entries):
 
 
 def content():
-    """Three images: with two objects and a crowd, with one object, with none."""
+    """The JSON content of three images: one with two objects and a crowd, one with one object, one with none."""
     dog = {"id": 2, "category_id": 90, "bbox": [15, 3.25, 15, 16.75], "segmentation": [TRIANGLE], "keypoints": None}
     crowd = {"id": 3, "bbox": [3, 5, 27, 15], "segmentation": rle(REGION), "iscrowd": 1, "keypoints": [0] * 9}
     last = {"id": 4, "image_id": 7, "segmentation": RUNS, "bbox": [4, 0, 28, 24]}
@@ -46,7 +46,7 @@ def content():
 
 
 def write(root, coco):
-    """`coco` and a picture for each of its images, each of another gray."""
+    """Write the JSON content, and a file for each of its images, each of another gray."""
     (root / "annotations").mkdir()
     (root / "val").mkdir()
     (root / "annotations" / "instances_val.json").write_text(json.dumps(coco))
@@ -56,7 +56,7 @@ def write(root, coco):
 
 
 def open_changed(root, change, **options):
-    """The data set after `change(content)`, or with its annotation 1 replaced."""
+    """Open the data set after `change(content)`, or with annotation 1 replaced by `change`."""
     coco = content()
     if callable(change):
         change(coco)
