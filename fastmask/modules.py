@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from fastmask.kernels._rois import checked_output_size
+from fastmask.kernels._rois import check_output_size
 from fastmask.kernels.roi_align import multiscale_roi_align, roi_align
-from fastmask.kernels.roi_pool import roi_pool, roi_warp
+from fastmask.kernels.roi_pool import roi_pool
+from fastmask.kernels.roi_warp import roi_warp
 
 
 class RoIAlign(nn.Module):
@@ -123,7 +124,7 @@ class MultiScaleRoIAlign(nn.Module):
     ) -> None:
         super().__init__()
         self.featmap_names = list(featmap_names)
-        self.output_size = checked_output_size(output_size)
+        self.output_size = check_output_size(output_size)
         self.sampling_ratio = sampling_ratio
         self.canonical_scale = canonical_scale
         self.canonical_level = canonical_level
