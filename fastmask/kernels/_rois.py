@@ -91,7 +91,7 @@ def check_output_size(output_size: Any, channels: int = 1) -> tuple[int, int]:
         height, width = check_pair("output_size", output_size, least=1)
     else:
         height = width = check_int("output_size", output_size, least=1)
-    if height * width * channels > MAX_INT32:
+    if height * width * max(channels, 1) > MAX_INT32:
         raise ValueError(
             f"output_size: expected fewer than 2^31 outputs per RoI of {channels} channels, got {height} x {width} bins"
         )

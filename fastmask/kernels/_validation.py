@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -46,16 +46,19 @@ def check_int(name: str, value: Any, *, least: int = -MAX_INT32, most: int = MAX
     if not least <= value <= most:
         limits = f"at least {least}" if most == MAX_INT32 and value < least else f"an int in [{least}, {most}]"
         raise ValueError(f"{name}: expected {limits}, got {value}")
-    return value
+    return cast(int, value)
 
 
 def check_float(name: str, value: Any) -> float:
     """A real number, NumPy's included."""
     if isinstance(value, torch.SymFloat):
-        return value
+        return cast(float, value)
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected a number, got {describe(value)}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name}: expected a number in the range of float64, got {describe(value)}") from None
 
 
 def check_positive(name: str, value: Any) -> float:
@@ -110,8 +113,10 @@ def check_sequence(name: str, value: Any, of: str) -> list[Any]:
 
 def describe(value: object) -> str:
     """A value for an error: a tensor's dtype and shape, anything else as it prints, shortened."""
+    if isinstance(value, Tensor) and value.is_nested:
+        return f"a nested Tensor of {value.dtype}"
     if isinstance(value, Tensor):
         return f"a Tensor of {value.dtype} {list(value.shape)}"
-    text = repr(value)
+    text = " ".join(repr(value).split())
     text = text if len(text) <= 60 else f"{text[:57]}..."
     return f"{text} ({type(value).__name__})"
