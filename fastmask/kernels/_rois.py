@@ -28,24 +28,28 @@ def check_features(name: str, levels: Sequence[Any]) -> list[Tensor]:
     """L >= 1 levels `[N, C, H_l, W_l]`, promoted to their widest dtype."""
     if not levels:
         raise ValueError(f"{name}: expected at least one level, got none")
+    shapes = []
     for feature in levels:
         check_tensor(name, feature)
         if feature.dtype not in FEATURE_DTYPES:
             raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {feature.dtype}")
-        if feature.ndim != 4:
-            raise ValueError(f"{name}: expected [N, C, H, W], got {list(feature.shape)}")
-        if max(feature.shape[2:]) > MAX_SIDE:
-            raise ValueError(f"{name}: expected sides below 2^30, got {list(feature.shape)}")
-    first = levels[0]
+        shape = feature.shape
+        if len(shape) != 4:
+            raise ValueError(f"{name}: expected [N, C, H, W], got {list(shape)}")
+        if shape[2] > MAX_SIDE or shape[3] > MAX_SIDE:
+            raise ValueError(f"{name}: expected sides below 2^30, got {list(shape)}")
+        shapes.append(shape)
+    first, (num_images, channels, _, _) = levels[0], shapes[0]
     dtype = first.dtype
-    for feature in levels[1:]:
-        if feature.shape[:2] != first.shape[:2]:
-            shapes = [list(level.shape) for level in levels]
-            raise ValueError(f"{name}: expected the same N and C at each level, got {shapes}")
+    for feature, shape in zip(levels[1:], shapes[1:], strict=True):
+        if shape[0] != num_images or shape[1] != channels:
+            raise ValueError(
+                f"{name}: expected the same N and C at each level, got {[list(shape) for shape in shapes]}"
+            )
         if feature.device != first.device:
             raise ValueError(f"{name}: expected all levels on {first.device}, got {feature.device}")
         dtype = torch.promote_types(dtype, feature.dtype)
-    return [feature.to(dtype) for feature in levels]
+    return [feature if feature.dtype == dtype else feature.to(dtype) for feature in levels]
 
 
 def to_rois(boxes: Any, features: Tensor, features_name: str) -> Tensor:

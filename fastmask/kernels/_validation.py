@@ -37,7 +37,9 @@ def check_same_device(name: str, tensor: Tensor, other_name: str, other: Tensor)
 
 def check_int(name: str, value: Any, *, least: int = -MAX_INT32, most: int = MAX_INT32) -> int:
     """An integer in [least, most], NumPy's included; may be symbolic."""
-    if not isinstance(value, int | torch.SymInt):
+    if type(value) is int:  # the common case first: the other checks cost microseconds
+        pass
+    elif not isinstance(value, int | torch.SymInt):
         if not isinstance(value, Integral):
             raise TypeError(f"{name}: expected an int, got {describe(value)}")
         value = int(value)
@@ -51,6 +53,8 @@ def check_int(name: str, value: Any, *, least: int = -MAX_INT32, most: int = MAX
 
 def check_float(name: str, value: Any) -> float:
     """A real number, NumPy's included."""
+    if type(value) is float:
+        return value
     if isinstance(value, torch.SymFloat):
         return cast(float, value)
     if isinstance(value, bool) or not isinstance(value, Real):
@@ -79,6 +83,8 @@ def check_fraction(name: str, value: Any) -> float:
 
 def check_flag(name: str, value: Any) -> bool:
     """A truth value: bool, or the integer 0 or 1."""
+    if value is True or value is False:
+        return value
     if not isinstance(value, Integral) or value not in (0, 1):
         raise TypeError(f"{name}: expected a bool, got {describe(value)}")
     return bool(value)
