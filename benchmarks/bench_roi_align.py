@@ -223,7 +223,7 @@ def _check_random(draw: Draw, device: str) -> None:
     aligned, scale = draw.choice([False, True]), draw.choice([1.0, 0.5, 0.3])
     rows = [[draw.integer(0, n - 1), *(draw.number(-20, 40) for _ in range(4))] for _ in range(k)]
     boxes = torch.tensor(rows, dtype=torch.float32).view(-1, 5)
-    if aligned and ratio <= 0:  # of an inverted box torchvision wants a negative number of samples, and throws
+    if aligned and ratio <= 0:  # torchvision raises for inverted boxes, whose number of samples is negative
         boxes = torch.cat([boxes[:, :1], boxes[:, 1:].view(-1, 2, 2).sort(1).values.flatten(1)], 1)
     (feature,) = draw_pyramid([(h, w)], images=n, channels=c)
     expected = torchvision.ops.roi_align(feature, boxes, (ph, pw), scale, ratio, aligned)

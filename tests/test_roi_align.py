@@ -59,7 +59,7 @@ def test_forward_and_backward_match_the_oracle(dtype, layout, ratio, aligned, de
         assert_within_budget(as_rows(actual), matrix.T @ as_rows(grad), weights.T @ as_rows(grad).abs(), dtype)
 
 
-def test_the_oracle_is_torchvisions():
+def test_the_oracle_agrees_with_torchvision():
     features = draw_pyramid([(9, 13)], torch.float64)
     boxes = draw_boxes(12, 2, 40, seed=3, dtype=torch.float64)
     for ratio in (0, 2):
@@ -87,7 +87,7 @@ def test_more_channels_and_bins_than_a_program_takes(channels, pooled, ratio, de
     torch.testing.assert_close(actual.cpu(), expected, rtol=0, atol=1e-12)
 
 
-def test_a_long_list_of_boxes_is_made_in_several_launches(device, monkeypatch):
+def test_long_lists_of_boxes_take_several_launches(device, monkeypatch):
     features = [feature.to(device).requires_grad_() for feature in draw_pyramid([(9, 13), (5, 7)], channels=2)]
     boxes = draw_boxes(4, 2, 40, seed=12).to(device)
     out = multiscale_roi_align(features, boxes, 2, SCALES, canonical_box_size=24, canonical_level=3)
@@ -221,7 +221,7 @@ def test_an_empty_box_has_no_samples_when_aligned(device):
 
 @pytest.mark.parametrize("rounding", ["torchvision", "detectron2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_boxes_on_a_boundary_between_levels_go_where_the_peers_send_them(rounding, dtype, device):
+def test_boxes_on_a_boundary_have_the_level_of_the_peer(rounding, dtype, device):
     # A box `[0, 0, area, 1]` has that area to the bit; each level is filled with its number.
     areas = torch.tensor([112.0, 224, 448], dtype=dtype).square()
     bits = areas.view(torch.int32 if dtype == torch.float32 else torch.int64)
@@ -293,7 +293,7 @@ def test_a_gradient_of_stride_zero(device):
 @pytest.mark.parametrize("reduction", ["mean", "max"])
 def test_same_inputs_same_bits(reduction, device):
     features = draw_pyramid([(9, 13), (5, 7)], channels=3)
-    boxes = draw_boxes(2, 2, 20, seed=4).repeat(4, 1).to(device)  # a crowd on the same pixels
+    boxes = draw_boxes(2, 2, 20, seed=4).repeat(4, 1).to(device)  # many on the same pixels
     leaves = [feature.to(device).requires_grad_() for feature in features]
     runs = []
     for _ in range(2):
@@ -493,14 +493,14 @@ def test_bad_arguments_are_named(error, named, call):
 
 @pytest.mark.reference_only
 @pytest.mark.parametrize("index", [-1, 2, NAN])
-def test_an_image_that_is_not_there(index):
+def test_image_indices_outside_the_batch_raise(index):
     boxes = torch.tensor([[0, 0, 0, 2, 2], [index, 0, 0, 2, 2.0]])
     with pytest.raises(ValueError, match=r"boxes: expected image indices in \[0, 2\).* in row 1"):
         roi_align(F, boxes, 2)
 
 
 @pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="the reference raises instead")
-def test_kernels_give_an_image_that_is_not_there_no_features():
+def test_kernels_pool_zeros_for_image_indices_outside_the_batch():
     device = "cpu" if INTERPRETED else "cuda"
     boxes = torch.tensor([[-1, 0, 0, 2, 2], [2, 0, 0, 2, 2], [NAN, 0, 0, 2, 2], [1, 0, 0, 2, 2.0]], device=device)
     out = roi_align(torch.ones(2, 3, 4, 4, device=device), boxes, 2)

@@ -4,9 +4,9 @@
     width, height  = max(x2 - x1 + 1, 1), max(y2 - y1 + 1, 1)
     output         = roi_align(input, [image, x1, y1, x1 + width, y1 + height], aligned=False)
 
-K boxes `[image, x1, y1, x2, y2]` in image pixels, `[N, C, H, W]` features, PH x PW bins. Mask R-CNN compares RoIAlign
-with this operator to show that rounding, not the lack of interpolation, costs RoIPool its accuracy: boxes within half a
-pixel of the feature map of each other pool the same features. Rounding is in float32 (float64 for float64 features).
+K boxes `[image, x1, y1, x2, y2]` in image pixels, `[N, C, H, W]` features, PH x PW bins. Boxes that round to the same
+pixels pool the same features. The paper compares RoIAlign with this operator to show that rounding, not the lack of
+interpolation, costs RoIPool its accuracy. Rounding is in float32 (float64 for float64 features).
 
 No kernel of its own: boxes are rounded in torch and pooled by RoIAlign's kernels. Deterministic, forward and backward.
 """

@@ -92,8 +92,8 @@ def _roi_pool_backward_kernel(
         x_end = bin_edges(tl.zeros_like(lane) + (PW - 1), lefts, widths, width)[1]
         touches = (images == this_image) & (y_first < top + TILE) & (y_end > top)
         touches = touches & (x_first < left + TILE) & (x_end > left)
-        waiting = tl.where(touches, lane, STEP)
-        nearest = tl.min(waiting, 0)
+        pending = tl.where(touches, lane, STEP)
+        nearest = tl.min(pending, 0)
         while nearest < STEP:
             k = first + nearest
             _, x1, y1, bin_width, bin_height = windows(boxes, k, num_boxes, num_images, scale_bits, PH, PW, COMPUTE)
@@ -109,8 +109,8 @@ def _roi_pool_backward_kernel(
                     value = tl.load(grad + row, mask=valid, other=0.0).to(COMPUTE)
                     winner = tl.load(argmax + row, mask=valid, other=-1)
                     sums += tl.where(winner == pixel[:, None], value, 0.0)
-            waiting = tl.where(lane == nearest, STEP, waiting)
-            nearest = tl.min(waiting, 0)
+            pending = tl.where(lane == nearest, STEP, pending)
+            nearest = tl.min(pending, 0)
 
     exists = ((y < height) & (x < width))[:, None] & (channel < C)[None, :]
     grad_input += this_image.to(tl.int64) * height * width * C
