@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Unpack
 
 import pytest
@@ -20,6 +21,7 @@ import fastmask
 from benchmarks.harness.checks import parameters
 from benchmarks.harness.comparison import CaseOptions, Comparison, Target
 from benchmarks.harness.machine import PEERS, peer
+from benchmarks.harness.operators import Call, Draw, Limit, Operator, meta
 from benchmarks.harness.pooling import (
     DIRECTIONS,
     Direction,
@@ -32,7 +34,9 @@ from benchmarks.harness.pooling import (
 )
 from benchmarks.harness.workloads import ADVERSARIAL, C4, DTYPES, IMAGE, LAYOUTS, STRIDES, objects, pyramid
 from benchmarks.reporting.results import FASTMASK
+from fastmask.kernels.roi_align.op import RoIAlignSpec
 from fastmask.kernels.roi_align.reference import roi_align_reference
+from tests.oracles.roi_align import check_large_map, draw_boxes, draw_pyramid
 
 SAMPLES = 2  # torchvision's default
 SCALES = [1 / stride for stride in STRIDES]
@@ -121,8 +125,8 @@ def compiled_reference(inputs: Inputs, bins: int) -> Pool:
     features, (boxes,) = list(inputs.features), inputs.boxes
     rois = torch.nn.functional.pad(boxes, (1, 0))
     reference = torch.compile(roi_align_reference)
-    settings = (bins, bins, False, SCALES, SAMPLES, False, 224.0, 4, "torchvision")
-    return lambda: reference(features, rois, *settings)[0]
+    spec = RoIAlignSpec(bins, bins, SCALES, SAMPLES, aligned=False, reduction="mean")
+    return lambda: reference(features, rois, spec)[0]
 
 
 def _compare(
@@ -212,3 +216,73 @@ def bench_image_size(comparison, scale):
     inputs = pyramid_inputs(comparison.device, [boxes], comparison.main_dtype, image=image)
     options: CaseOptions = {"kind": "scaling", "axis": "image, megapixels", "at": height * width / 1e6}
     compare_on_pyramid(comparison, f"1000 RoIs 7x7 on {height} x {width}", "forward", inputs, 7, image=image, **options)
+
+
+def _calls(device: str, seed: int) -> list[Call]:
+    features = [level.to(device) for level in draw_pyramid([(6, 7), (3, 4)], images=1, seed=seed)]
+    last = [level.to(device, memory_format=torch.channels_last).requires_grad_() for level in features]
+    boxes = draw_boxes(3, 1, 24, seed).to(device)
+    scales = [1 / 4, 1 / 8]
+    pyramid = {"boxes": boxes, "output_size": 2, "spatial_scales": scales, "canonical_box_size": 24}
+    return [
+        Call(fastmask.roi_align, {"input": last[0], "boxes": [boxes[:, 1:]], "output_size": 2, "sampling_ratio": 2}),
+        Call(fastmask.multiscale_roi_align, {"features": last, **pyramid}),
+        Call(fastmask.multiscale_roi_align, {"features": features, **pyramid, "sampling_ratio": 0, "reduction": "max"}),
+    ]
+
+
+def _compile_case(dtype: str, sampling: str, images: int, boxes: int, bins: int) -> Call:
+    """Box or mask pooling over P2-P5 of an 800 x 1344 image, with a peer's defaults; of two images with gradients."""
+    features = [
+        meta(images, 256, 800 // stride, 1344 // stride, dtype=DTYPES[dtype], channels_last=True) for stride in STRIDES
+    ]
+    ratio, aligned = {"torchvision": (2, False), "detectron2": (0, True)}[sampling]
+    arguments = {
+        "features": [feature.requires_grad_(images == 2) for feature in features],
+        "boxes": meta(boxes, 5),
+        "output_size": bins,
+        "spatial_scales": SCALES,
+        "sampling_ratio": ratio,
+        "aligned": aligned,
+        "level_rounding": sampling,
+    }
+    return Call(fastmask.multiscale_roi_align, arguments)
+
+
+def _check_random(draw: Draw, device: str) -> None:
+    """A random call is torchvision's."""
+    ranges = ((1, 2), (1, 20), (1, 9), (1, 9), (0, 3), (1, 3), (1, 3), (-1, 3))
+    n, c, h, w, k, ph, pw, ratio = (draw.integer(low, high) for low, high in ranges)
+    aligned, scale = draw.choice([False, True]), draw.choice([1.0, 0.5, 0.3])
+    rows = [[draw.integer(0, n - 1), *(draw.number(-20, 40) for _ in range(4))] for _ in range(k)]
+    boxes = torch.tensor(rows, dtype=torch.float32).view(-1, 5)
+    if aligned and ratio <= 0:  # torchvision raises for inverted boxes, whose number of samples is negative
+        boxes = torch.cat([boxes[:, :1], boxes[:, 1:].view(-1, 2, 2).sort(1).values.flatten(1)], 1)
+    (feature,) = draw_pyramid([(h, w)], images=n, channels=c)
+    expected = torchvision.ops.roi_align(feature, boxes, (ph, pw), scale, ratio, aligned)
+    actual = fastmask.roi_align(feature.to(device), boxes.to(device), (ph, pw), scale, ratio, aligned)
+    torch.testing.assert_close(actual.cpu(), expected, rtol=1e-5, atol=1e-5)
+
+
+OPERATOR = Operator(
+    calls=_calls,
+    compile_cases={
+        f"{boxes} RoIs {bins}x{bins}, {sampling}, {dtype}": partial(_compile_case, dtype, sampling, images, boxes, bins)
+        for sampling in ("torchvision", "detectron2")
+        for dtype in ("bfloat16", "float32")
+        for images, boxes, bins in ((1, 1000, 7), (1, 100, 14), (2, 1024, 7), (2, 256, 14))
+    },
+    limits={
+        "_list_boxes_kernel": {"cuda": Limit(32), "hip": Limit(40)},
+        "_roi_align_backward_kernel": {
+            "cuda": Limit(232, wide_loads=True, wide_stores=True),
+            "hip": Limit(152, wide_loads=True),
+        },
+        "_roi_align_forward_kernel": {
+            "cuda": Limit(168, wide_loads=True, wide_stores=True),
+            "hip": Limit(88, wide_loads=True, wide_stores=True),
+        },
+    },
+    check_random=_check_random,
+    check_large=partial(check_large_map, fastmask.roi_align),
+)

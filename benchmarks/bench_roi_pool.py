@@ -7,6 +7,7 @@ each RoI (forward), or an addition for each output (backward).
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Unpack
 
 import pytest
@@ -17,6 +18,7 @@ import fastmask
 from benchmarks.harness.checks import parameters
 from benchmarks.harness.comparison import CaseOptions, Comparison
 from benchmarks.harness.machine import PEERS, peer
+from benchmarks.harness.operators import Call, Draw, Limit, Operator, meta
 from benchmarks.harness.pooling import (
     DIRECTIONS,
     Direction,
@@ -28,6 +30,8 @@ from benchmarks.harness.pooling import (
 )
 from benchmarks.harness.workloads import ADVERSARIAL, C4, DTYPES, LAYOUTS, objects
 from benchmarks.reporting.results import FASTMASK
+from tests.oracles.roi_align import check_large_map
+from tests.oracles.roi_pool import assert_like_torchvision, draw_features_and_boxes
 
 BINS, ROIS, SCALE = 7, 512, 1 / C4.stride
 
@@ -94,3 +98,48 @@ def bench_adversarial(comparison, boxes, direction):
 def bench_rois(comparison, rois, direction):
     options: CaseOptions = {"kind": "scaling", "axis": f"RoIs, {direction}", "at": rois}
     compare_on_map(comparison, f"{rois:,} RoIs 7x7", direction, objects(rois), **options)
+
+
+def _calls(device: str, seed: int) -> list[Call]:
+    features, boxes = draw_features_and_boxes(2, 5, 6, 7, boxes=3, seed=seed)
+    features, boxes = features.to(device), boxes.to(device)
+    last = features.to(memory_format=torch.channels_last, copy=True).requires_grad_()
+    return [
+        Call(fastmask.roi_pool, {"input": last, "boxes": boxes, "output_size": 2}),
+        Call(fastmask.roi_pool, {"input": features, "boxes": [boxes[:, 1:]], "output_size": 2, "spatial_scale": 0.5}),
+    ]
+
+
+def _compile_case(dtype: str) -> Call:
+    """Box pooling of a network without a pyramid, from its stride 16, for training."""
+    feature = meta(1, 1024, 50, 84, dtype=DTYPES[dtype], channels_last=True).requires_grad_()
+    arguments = {"input": feature, "boxes": meta(512, 5), "output_size": 7, "spatial_scale": 1 / 16}
+    return Call(fastmask.roi_pool, arguments)
+
+
+def _check_random(draw: Draw, device: str) -> None:
+    """A random call and its gradient are torchvision's, bit for bit."""
+    shape = [draw.integer(1, most) for most in (2, 5, 9, 9)]
+    count, size = draw.integer(0, 4), (draw.integer(1, 4), draw.integer(1, 4))
+    scale, seed = draw.number(0.05, 4), draw.integer(0, 1 << 30)
+    features, boxes = draw_features_and_boxes(*shape, boxes=count, seed=seed)
+    features = (features * 2).round()  # ties
+    boxes[:, 1:] /= scale
+    assert_like_torchvision(device, features, boxes, size, scale)
+
+
+OPERATOR = Operator(
+    calls=_calls,
+    compile_cases={
+        f"512 RoIs 7x7, 1024 channels, {dtype}": partial(_compile_case, dtype) for dtype in ("bfloat16", "float32")
+    },
+    limits={
+        "_roi_pool_backward_kernel": {"cuda": Limit(80, wide_stores=True), "hip": Limit(56, wide_stores=True)},
+        "_roi_pool_kernel": {
+            "cuda": Limit(112, wide_loads=True, wide_stores=True),
+            "hip": Limit(56, wide_loads=True, wide_stores=True),
+        },
+    },
+    check_random=_check_random,
+    check_large=partial(check_large_map, fastmask.roi_pool),
+)

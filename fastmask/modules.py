@@ -4,16 +4,36 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
-from fastmask.kernels._rois import checked_output_size
+from fastmask.kernels._rois import REDUCTIONS, check_features, check_output_size, check_sampling_ratio
+from fastmask.kernels._validation import (
+    check_choice,
+    check_flag,
+    check_int,
+    check_pair,
+    check_positive,
+    check_sequence,
+    describe,
+)
 from fastmask.kernels.roi_align import multiscale_roi_align, roi_align
-from fastmask.kernels.roi_pool import roi_pool, roi_warp
+from fastmask.kernels.roi_align.levels import ROUNDINGS, check_levels
+from fastmask.kernels.roi_pool import roi_pool
+from fastmask.kernels.roi_warp import roi_warp
 
 
 class RoIAlign(nn.Module):
-    """See `roi_align`."""
+    """RoIAlign on one feature map (He et al. 2017, §3): `torchvision.ops.RoIAlign`, and the maximum besides.
+
+    Args:
+        output_size: bins, `(PH, PW)` or one number for both.
+        spatial_scale: feature pixels per image pixel.
+        sampling_ratio: samples per bin and axis; 0 or less: `ceil(bin size)`.
+        aligned: shift boxes by half a feature pixel and allow sizes below 1 (detectron2's `ROIAlignV2`).
+        reduction: `"mean"` or `"max"` of the samples of a bin.
+    """
 
     def __init__(
         self,
@@ -25,13 +45,23 @@ class RoIAlign(nn.Module):
         reduction: str = "mean",
     ) -> None:
         super().__init__()
+        pooled = check_output_size(output_size)
         self.output_size = output_size
-        self.spatial_scale = spatial_scale
-        self.sampling_ratio = sampling_ratio
-        self.aligned = aligned
-        self.reduction = reduction
+        self.spatial_scale = check_positive("spatial_scale", spatial_scale)
+        self.sampling_ratio = check_sampling_ratio(sampling_ratio, pooled)
+        self.aligned = check_flag("aligned", aligned)
+        self.reduction = check_choice("reduction", reduction, REDUCTIONS)
 
     def forward(self, input: Tensor, rois: Tensor | Sequence[Tensor]) -> Tensor:
+        """Pool each RoI; raises what `roi_align` raises, which calls the RoIs `boxes`.
+
+        Args:
+            input: `[N, C, H, W]` features, floating.
+            rois: `[K, 5]` rows `(image, x1, y1, x2, y2)`, or a list of one `[L, 4]` per image, in image pixels.
+
+        Returns:
+            `[K, C, PH, PW]` in the input's dtype and memory format.
+        """
         return roi_align(
             input,
             rois,
@@ -50,14 +80,29 @@ class RoIAlign(nn.Module):
 
 
 class RoIPool(nn.Module):
-    """See `roi_pool`."""
+    """The largest feature in each bin of a RoI rounded to whole pixels (Girshick 2015): `torchvision.ops.RoIPool`.
+
+    Args:
+        output_size: bins, `(PH, PW)` or one number for both.
+        spatial_scale: feature pixels per image pixel.
+    """
 
     def __init__(self, output_size: int | tuple[int, int], spatial_scale: float) -> None:
         super().__init__()
+        check_output_size(output_size)
         self.output_size = output_size
-        self.spatial_scale = spatial_scale
+        self.spatial_scale = check_positive("spatial_scale", spatial_scale)
 
     def forward(self, input: Tensor, rois: Tensor | Sequence[Tensor]) -> Tensor:
+        """Pool each RoI; raises what `roi_pool` raises, which calls the RoIs `boxes`.
+
+        Args:
+            input: `[N, C, H, W]` features, floating.
+            rois: `[K, 5]` rows `(image, x1, y1, x2, y2)`, or a list of one `[L, 4]` per image, in image pixels.
+
+        Returns:
+            `[K, C, PH, PW]` in the input's dtype and memory format.
+        """
         return roi_pool(input, rois, self.output_size, self.spatial_scale)
 
     def extra_repr(self) -> str:
@@ -65,7 +110,14 @@ class RoIPool(nn.Module):
 
 
 class RoIWarp(nn.Module):
-    """See `roi_warp`."""
+    """RoIAlign of boxes rounded to whole pixels as in RoIPool (He et al. 2017, §3, Table 2c).
+
+    Args:
+        output_size: bins, `(PH, PW)` or one number for both.
+        spatial_scale: feature pixels per image pixel.
+        sampling_ratio: samples per bin and axis; 0 or less: `ceil(bin size)`.
+        reduction: `"mean"` or `"max"` of the samples of a bin.
+    """
 
     def __init__(
         self,
@@ -76,12 +128,22 @@ class RoIWarp(nn.Module):
         reduction: str = "mean",
     ) -> None:
         super().__init__()
+        pooled = check_output_size(output_size)
         self.output_size = output_size
-        self.spatial_scale = spatial_scale
-        self.sampling_ratio = sampling_ratio
-        self.reduction = reduction
+        self.spatial_scale = check_positive("spatial_scale", spatial_scale)
+        self.sampling_ratio = check_sampling_ratio(sampling_ratio, pooled)
+        self.reduction = check_choice("reduction", reduction, REDUCTIONS)
 
     def forward(self, input: Tensor, rois: Tensor | Sequence[Tensor]) -> Tensor:
+        """Pool each RoI; raises what `roi_warp` raises, which calls the RoIs `boxes`.
+
+        Args:
+            input: `[N, C, H, W]` features, floating.
+            rois: `[K, 5]` rows `(image, x1, y1, x2, y2)`, or a list of one `[L, 4]` per image, in image pixels.
+
+        Returns:
+            `[K, C, PH, PW]` in the input's dtype and memory format.
+        """
         return roi_warp(
             input,
             rois,
@@ -99,14 +161,17 @@ class RoIWarp(nn.Module):
 
 
 class MultiScaleRoIAlign(nn.Module):
-    """`torchvision.ops.MultiScaleRoIAlign`: pools boxes from a dictionary of feature maps.
+    """RoIAlign from a dictionary of feature maps: `torchvision.ops.MultiScaleRoIAlign`, in one launch.
 
     Args:
-        featmap_names: which entries of the dictionary to pool from, in its order, finest first.
+        featmap_names: the entries of the dictionary to pool from, which must come finest first in it.
         output_size: bins, `(PH, PW)` or one number for both.
         sampling_ratio: samples per bin and axis; 0 or less: `ceil(bin size)`.
-        canonical_scale, canonical_level: a box of this side, in pixels, is pooled from this level.
-        aligned, reduction, level_rounding: see `multiscale_roi_align`.
+        canonical_scale, canonical_level: a box of this side, in image pixels, is pooled from this level (Lin et al.
+            2017, Feature Pyramid Networks, eq. 1).
+        aligned: shift boxes by half a feature pixel and allow sizes below 1 (detectron2's `ROIAlignV2`).
+        reduction: `"mean"` or `"max"` of the samples of a bin.
+        level_rounding: `"torchvision"` or `"detectron2"`: whose boundary between levels is reproduced exactly.
     """
 
     def __init__(
@@ -122,29 +187,42 @@ class MultiScaleRoIAlign(nn.Module):
         level_rounding: str = "torchvision",
     ) -> None:
         super().__init__()
-        self.featmap_names = list(featmap_names)
-        self.output_size = checked_output_size(output_size)
-        self.sampling_ratio = sampling_ratio
-        self.canonical_scale = canonical_scale
-        self.canonical_level = canonical_level
-        self.aligned = aligned
-        self.reduction = reduction
-        self.level_rounding = level_rounding
+        self.featmap_names = check_sequence("featmap_names", featmap_names, "names")
+        self.output_size = check_output_size(output_size)
+        self.sampling_ratio = check_sampling_ratio(sampling_ratio, self.output_size)
+        self.canonical_scale = check_positive("canonical_scale", canonical_scale)
+        self.canonical_level = check_int("canonical_level", canonical_level)
+        self.aligned = check_flag("aligned", aligned)
+        self.reduction = check_choice("reduction", reduction, REDUCTIONS)
+        self.level_rounding = check_choice("level_rounding", level_rounding, ROUNDINGS)
 
     def forward(
         self, x: Mapping[str, Tensor], boxes: Sequence[Tensor], image_shapes: Sequence[tuple[int, int]]
     ) -> Tensor:
-        """Pool `boxes`, one `[L, 4]` per image in input pixels, from the maps `x`.
+        """Pool each box from its level.
 
-        `image_shapes` are the `(height, width)` of the images in the batch; the scale of each map is the power
-        of two nearest to its height over theirs. It is found anew each time, so images may change size.
+        Args:
+            x: feature maps `[N, C, H_l, W_l]` by name.
+            boxes: one `[L, 4]` per image, `(x1, y1, x2, y2)` in input pixels.
+            image_shapes: `(height, width)` of each image of the batch, before padding. The scale of a level is the
+                power of two nearest to its height over the largest of theirs. It is inferred in each call, so images
+                may change size; torchvision keeps the scales of the first call.
+
+        Returns:
+            `[K, C, PH, PW]`, in the order of the boxes, in the features' dtype and the first level's memory format.
+
+        Raises:
+            TypeError, ValueError: as `multiscale_roi_align`; and if `x` has none of the named levels, or
+                `image_shapes` is empty.
         """
-        features = pyramid(x, self.featmap_names)
+        features = select_levels(x, self.featmap_names)
+        scales = infer_scales(features, image_shapes)
+        check_levels("x", scales, self.level_rounding)
         return multiscale_roi_align(
             features,
             boxes,
             self.output_size,
-            infer_scales(features, image_shapes),
+            scales,
             self.sampling_ratio,
             self.aligned,
             reduction=self.reduction,
@@ -159,17 +237,23 @@ class MultiScaleRoIAlign(nn.Module):
         )
 
 
-def pyramid(features: Mapping[str, Tensor], names: Sequence[str]) -> list[Tensor]:
-    """The maps that are named, in the dictionary's order."""
-    found = [feature for name, feature in features.items() if name in names]
-    if not found:
-        raise ValueError(f"x: expected feature maps named {list(names)}, got {list(features)}")
-    return found
+def select_levels(x: Any, names: Sequence[str]) -> list[Tensor]:
+    """The named feature maps, in the dictionary's order."""
+    if not isinstance(x, Mapping):
+        raise TypeError(f"x: expected a mapping of names to feature maps, got {describe(x)}")
+    selected = [feature for name, feature in x.items() if name in names]
+    if not selected:
+        raise ValueError(f"x: expected feature maps named {list(names)}, got {list(x)}")
+    features = check_features("x", selected)
+    if not all(feature.shape[2] for feature in features):
+        raise ValueError(f"x: expected heights >= 1, got {[list(feature.shape) for feature in features]}")
+    return features
 
 
-def infer_scales(features: Sequence[Tensor], image_shapes: Sequence[tuple[int, int]]) -> list[float]:
-    """Feature pixels per image pixel of each map: the nearest power of two, by height."""
-    if not image_shapes:
+def infer_scales(features: Sequence[Tensor], image_shapes: Any) -> list[float]:
+    """Feature pixels per image pixel of each level: the nearest power of two, by height."""
+    shapes = check_sequence("image_shapes", image_shapes, "(height, width)")
+    if not shapes:
         raise ValueError("image_shapes: expected one (height, width) per image, got none")
-    height = max(shape[0] for shape in image_shapes)
-    return [2.0 ** round(math.log2(feature.shape[-2] / height)) for feature in features]
+    height = max(check_pair("image_shapes", shape, least=1)[0] for shape in shapes)
+    return [2.0 ** round(math.log2(feature.shape[2] / height)) for feature in features]

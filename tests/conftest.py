@@ -1,4 +1,4 @@
-"""What all operator tests share: the devices, uninitialised memory poisoned, and the error budgets."""
+"""What all operator tests share: the devices, and uninitialised memory that is poisoned."""
 
 import pytest
 import torch

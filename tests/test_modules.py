@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torchvision
-from test_roi_align import draw_boxes, draw_pyramid
 
 import fastmask
+from tests.oracles.roi_align import draw_boxes, draw_pyramid
 
 BOXES = draw_boxes(4, 2, 60, seed=11)
 
@@ -14,9 +14,9 @@ BOXES = draw_boxes(4, 2, 60, seed=11)
 def test_single_level_modules_are_torchvisions(name, device):
     (feature,) = draw_pyramid([(9, 11)])
     arguments = (2, 0.25, 2) if name == "RoIAlign" else (2, 0.25)
-    theirs = getattr(torchvision.ops, name)(*arguments)(feature, BOXES)
+    expected = getattr(torchvision.ops, name)(*arguments)(feature, BOXES)
     module = getattr(fastmask, name)(*arguments)
-    torch.testing.assert_close(module(feature.to(device), BOXES.to(device)).cpu(), theirs, rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(module(feature.to(device), BOXES.to(device)).cpu(), expected, rtol=2e-6, atol=2e-6)
     assert "spatial_scale=0.25" in repr(module)
 
 
@@ -31,23 +31,50 @@ def test_roi_warp_module(device):
 def test_multiscale_module_is_torchvisions_and_follows_the_image_size(device):
     arguments = (["0", "1", "pool"], (2, 3), 2)
     options = {"canonical_scale": 56, "canonical_level": 3}
-    theirs = torchvision.ops.MultiScaleRoIAlign(*arguments, **options)
-    ours = fastmask.MultiScaleRoIAlign(*arguments, **options)
+    peer = torchvision.ops.MultiScaleRoIAlign(*arguments, **options)
+    pool = fastmask.MultiScaleRoIAlign(*arguments, **options)
     sizes = [(32, 40), (16, 20), (8, 10), (4, 5)]
     levels = dict(zip(["0", "1", "unused", "pool"], draw_pyramid(sizes, channels=3), strict=True))
     boxes = [draw_boxes(3, 1, 120, seed=image)[:, 1:] for image in range(2)]
 
     def pooled(features, shapes):
         moved = {name: feature.to(device) for name, feature in features.items()}
-        return ours(moved, [b.to(device) for b in boxes], shapes).cpu()
+        return pool(moved, [b.to(device) for b in boxes], shapes).cpu()
 
     shapes = [(128, 150), (120, 160)]
-    torch.testing.assert_close(pooled(levels, shapes), theirs(levels, boxes, shapes), rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(pooled(levels, shapes), peer(levels, boxes, shapes), rtol=2e-6, atol=2e-6)
     # Images half as large: torchvision would go on with the scales of the first.
     half = [(64, 75), (60, 80)]
     fresh = torchvision.ops.MultiScaleRoIAlign(*arguments, **options)
     torch.testing.assert_close(pooled(levels, half), fresh(levels, boxes, half), rtol=2e-6, atol=2e-6)
-    assert "featmap_names" in repr(ours)
+    assert "featmap_names" in repr(pool)
+
+
+@pytest.mark.parametrize("name", ["RoIAlign", "RoIPool", "RoIWarp"])
+def test_symbolic_tracing_goes_through_the_modules(name, device):
+    (feature,) = draw_pyramid([(9, 11)])
+    module = getattr(fastmask, name)(2, 0.25, *[2] * (name != "RoIPool"))
+    traced = torch.fx.symbolic_trace(module)
+    assert torch.equal(traced(feature.to(device), BOXES.to(device)), module(feature.to(device), BOXES.to(device)))
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "construct"),
+    [
+        (TypeError, "output_size: expected an int", lambda: fastmask.RoIAlign(2.0, 1.0, 2)),
+        (ValueError, "spatial_scale: expected a positive", lambda: fastmask.RoIPool(2, 0)),
+        (TypeError, "sampling_ratio: expected an int", lambda: fastmask.RoIWarp(2, 1.0, None)),
+        (TypeError, "featmap_names: expected a sequence", lambda: fastmask.MultiScaleRoIAlign("0", 2, 2)),
+        (
+            ValueError,
+            "canonical_scale: expected a positive",
+            lambda: fastmask.MultiScaleRoIAlign(["0"], 2, 2, canonical_scale=0),
+        ),
+    ],
+)
+def test_bad_constructor_arguments_are_named(error, message, construct):
+    with pytest.raises(error, match=message):
+        construct()
 
 
 def test_bad_arguments_are_named():
@@ -56,3 +83,9 @@ def test_bad_arguments_are_named():
         pool({"1": torch.zeros(1, 1, 2, 2)}, [torch.zeros(0, 4)], [(8, 8)])
     with pytest.raises(ValueError, match="image_shapes: expected one"):
         pool({"0": torch.zeros(1, 1, 2, 2)}, [torch.zeros(0, 4)], [])
+    with pytest.raises(TypeError, match="x: expected a mapping"):
+        pool([torch.zeros(1, 1, 2, 2)], [torch.zeros(0, 4)], [(8, 8)])
+    with pytest.raises(TypeError, match="x: expected a Tensor, got None"):
+        pool({"0": None}, [torch.zeros(0, 4)], [(8, 8)])
+    with pytest.raises(TypeError, match="image_shapes: expected two ints"):
+        pool({"0": torch.zeros(1, 1, 2, 2)}, [torch.zeros(0, 4)], [8])

@@ -5,72 +5,18 @@ import math
 import pytest
 import torch
 import torchvision
-from conftest import assert_within_budget
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastmask import multiscale_roi_align, roi_align
 from fastmask.kernels._runtime import INTERPRETED
 from fastmask.kernels.roi_align import backward as roi_align_backward
-from fastmask.kernels.roi_align import geometry as roi_sampling
+from fastmask.kernels.roi_align import geometry as roi_align_geometry
+from fastmask.kernels.roi_align.levels import area_thresholds
+from fastmask.kernels.roi_align.op import RoIAlignSpec
+from tests.oracles.budget import assert_within_budget
+from tests.oracles.roi_align import SCALES, as_rows, draw_boxes, draw_pyramid, roi_align_matrices
 
 NAN, INF = math.nan, math.inf
-SCALES = [1 / 4, 1 / 8]
-
-
-def oracle(boxes, level_of, sizes, images, pooled, scales, ratio, aligned):
-    """RoIAlign's mean as a matrix `[K * PH * PW, pixels]` per level, and one of weights that bounds its error.
-
-    A coordinate is rounded three times at most, which moves a sample by a tenth of the float32 budget
-    times the coordinate, and each of its four weights by as much.
-    """
-    bins = pooled[0] * pooled[1]
-    matrices = [torch.zeros(len(boxes) * bins, images * h * w, dtype=torch.float64) for h, w in sizes]
-    bounds = [torch.zeros_like(matrix) for matrix in matrices]
-    for k, (image, *box) in enumerate(boxes.double().tolist()):
-        level = level_of[k]
-        (height, width), scale = sizes[level], scales[level]
-        x1, y1, x2, y2 = (v * scale - (0.5 if aligned else 0) for v in box)
-        bin_h, bin_w = y2 - y1, x2 - x1
-        if not aligned:
-            bin_h, bin_w = max(bin_h, 1), max(bin_w, 1)
-        bin_h, bin_w = bin_h / pooled[0], bin_w / pooled[1]
-        grid_h, grid_w = (ratio, ratio) if ratio > 0 else (math.ceil(bin_h), math.ceil(bin_w))
-        count = max(grid_h * grid_w, 1)
-        for b in range(bins):
-            p, q = divmod(b, pooled[1])
-            for i in range(grid_h):
-                for j in range(grid_w):
-                    y, x = y1 + (p + (i + 0.5) / grid_h) * bin_h, x1 + (q + (j + 0.5) / grid_w) * bin_w
-                    if y < -1 or y > height or x < -1 or x > width:
-                        continue
-                    y, x = min(max(y, 0), height - 1), min(max(x, 0), width - 1)
-                    for row in {int(y), min(int(y) + 1, height - 1)}:
-                        for column in {int(x), min(int(x) + 1, width - 1)}:
-                            at = (int(image) * height + row) * width + column
-                            weight = (1 - abs(y - row)) * (1 - abs(x - column)) / count
-                            matrices[level][k * bins + b, at] += weight
-                            bounds[level][k * bins + b, at] += weight + 0.1 * (y + x + 2) / count
-    return matrices, bounds
-
-
-def draw_boxes(k, images, side, seed, dtype=torch.float32):
-    """Boxes inside, across and beyond an image of side x side pixels."""
-    g = torch.Generator().manual_seed(seed)
-    corner = torch.rand(k, 2, generator=g) * side * 1.3 - side * 0.2
-    size = torch.exp(torch.randn(k, 2, generator=g) * 0.8) * side * 0.3
-    image = torch.randint(0, images, (k, 1), generator=g)
-    return torch.cat([image, corner, corner + size], 1).to(dtype)
-
-
-def draw_pyramid(sizes, dtype=torch.float32, images=2, channels=5, seed=0, layout=torch.contiguous_format):
-    g = torch.Generator().manual_seed(seed)
-    levels = [torch.randn(images, channels, h, w, generator=g).to(dtype) for h, w in sizes]
-    return [level.to(memory_format=layout) for level in levels]
-
-
-def as_rows(feature):
-    """`[pixels, C]` float64 from `[N, C, H, W]`."""
-    return feature.detach().double().cpu().permute(0, 2, 3, 1).flatten(0, 2)
 
 
 CASES = [  # dtype, layout, ratio, aligned
@@ -94,7 +40,7 @@ def test_forward_and_backward_match_the_oracle(dtype, layout, ratio, aligned, de
     boxes = draw_boxes(6, 2, 48, seed=ratio + 7, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     level_of = [int(area >= 24**2) for area in (boxes[:, 3:] - boxes[:, 1:3]).double().prod(1)]
     assert 0 < sum(level_of) < len(boxes)
-    matrices, bounds = oracle(boxes, level_of, sizes, 2, pooled, SCALES, ratio, aligned)
+    matrices, bounds = roi_align_matrices(boxes, level_of, sizes, 2, pooled, SCALES, ratio, aligned)
 
     leaves = [feature.to(device).requires_grad_() for feature in features]
     out = multiscale_roi_align(
@@ -108,19 +54,19 @@ def test_forward_and_backward_match_the_oracle(dtype, layout, ratio, aligned, de
 
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     grads = torch.autograd.grad(out, leaves, grad.to(device))
-    for got, matrix, weights in zip(grads, matrices, bounds, strict=True):
-        assert got.dtype == dtype
-        assert_within_budget(as_rows(got), matrix.T @ as_rows(grad), weights.T @ as_rows(grad).abs(), dtype)
+    for actual, matrix, weights in zip(grads, matrices, bounds, strict=True):
+        assert actual.dtype == dtype
+        assert_within_budget(as_rows(actual), matrix.T @ as_rows(grad), weights.T @ as_rows(grad).abs(), dtype)
 
 
-def test_the_oracle_is_torchvisions():
+def test_the_oracle_agrees_with_torchvision():
     features = draw_pyramid([(9, 13)], torch.float64)
     boxes = draw_boxes(12, 2, 40, seed=3, dtype=torch.float64)
     for ratio in (0, 2):
         for aligned in (False, True):
-            (matrix,), _ = oracle(boxes, [0] * 12, [(9, 13)], 2, (3, 2), [0.25], ratio, aligned)
-            theirs = torchvision.ops.roi_align(features[0], boxes, (3, 2), 0.25, ratio, aligned)
-            torch.testing.assert_close(matrix @ as_rows(features[0]), as_rows(theirs), rtol=0, atol=1e-13)
+            (matrix,), _ = roi_align_matrices(boxes, [0] * 12, [(9, 13)], 2, (3, 2), [0.25], ratio, aligned)
+            expected = torchvision.ops.roi_align(features[0], boxes, (3, 2), 0.25, ratio, aligned)
+            torch.testing.assert_close(matrix @ as_rows(features[0]), as_rows(expected), rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize(
@@ -130,23 +76,23 @@ def test_the_oracle_is_torchvisions():
 def test_more_channels_and_bins_than_a_program_takes(channels, pooled, ratio, device):
     (feature,) = draw_pyramid([(5, 6)], torch.float64, images=1, channels=channels)
     boxes = torch.tensor([[0, 1.3, -2.4, 17, 16], [0, 9, 8, 40, 11]], dtype=torch.float64)
-    theirs = feature.clone().requires_grad_()
-    want = torchvision.ops.roi_align(theirs, boxes, pooled, 0.25, ratio, True)
-    grad = torch.randn(want.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    ours = feature.to(device).requires_grad_()
-    got = roi_align(ours, boxes.to(device), pooled, 0.25, ratio, True)
-    torch.testing.assert_close(got.cpu(), want, rtol=0, atol=1e-12)
-    (want,) = torch.autograd.grad(want, theirs, grad)
-    (got,) = torch.autograd.grad(got, ours, grad.to(device))
-    torch.testing.assert_close(got.cpu(), want, rtol=0, atol=1e-12)
+    leaf = feature.clone().requires_grad_()
+    expected = torchvision.ops.roi_align(leaf, boxes, pooled, 0.25, ratio, True)
+    grad = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    moved = feature.to(device).requires_grad_()
+    actual = roi_align(moved, boxes.to(device), pooled, 0.25, ratio, True)
+    torch.testing.assert_close(actual.cpu(), expected, rtol=0, atol=1e-12)
+    (expected,) = torch.autograd.grad(expected, leaf, grad)
+    (actual,) = torch.autograd.grad(actual, moved, grad.to(device))
+    torch.testing.assert_close(actual.cpu(), expected, rtol=0, atol=1e-12)
 
 
-def test_a_long_list_of_boxes_is_made_in_several_launches(device, monkeypatch):
+def test_long_lists_of_boxes_take_several_launches(device, monkeypatch):
     features = [feature.to(device).requires_grad_() for feature in draw_pyramid([(9, 13), (5, 7)], channels=2)]
     boxes = draw_boxes(4, 2, 40, seed=12).to(device)
     out = multiscale_roi_align(features, boxes, 2, SCALES, canonical_box_size=24, canonical_level=3)
     whole = torch.autograd.grad(out.sum(), features, retain_graph=True)
-    monkeypatch.setattr(roi_align_backward, "LISTED", 3 * len(boxes))
+    monkeypatch.setattr(roi_align_backward, "MAX_LIST_ENTRIES", 3 * len(boxes))
     assert all(map(torch.equal, torch.autograd.grad(out.sum(), features), whole))
 
 
@@ -157,8 +103,8 @@ def test_pieces_make_the_whole(ratio, reduction, monkeypatch):
     features = [feature.requires_grad_() for feature in draw_pyramid([(9, 13), (5, 7)], torch.float64)]
     boxes = draw_boxes(20, 2, 48, seed=9, dtype=torch.float64)
     runs = []
-    for samples in (roi_sampling.SAMPLES, 50):
-        monkeypatch.setattr(roi_sampling, "SAMPLES", samples)
+    for samples in (roi_align_geometry.MAX_SAMPLES, 50):
+        monkeypatch.setattr(roi_align_geometry, "MAX_SAMPLES", samples)
         out = multiscale_roi_align(features, boxes, 3, SCALES, ratio, reduction=reduction, canonical_box_size=24)
         runs.append([out, *torch.autograd.grad(out.square().sum(), features)])
     for whole, pieces in zip(*runs, strict=True):
@@ -182,13 +128,13 @@ def test_the_maximum_is_that_of_the_samples(ratio, layout, device):
     assert out[2].eq(0).all()
 
     grad = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    (got,) = torch.autograd.grad(out, leaf, grad.to(device))
+    (actual,) = torch.autograd.grad(out, leaf, grad.to(device))
     first = samples.flatten(-2).argmax(-1, keepdim=True)
     to_split = torch.zeros_like(samples).flatten(-2).scatter(-1, first, grad[..., None])
     to_split = to_split.unflatten(-1, (grid, grid)).permute(0, 1, 2, 4, 3, 5).reshape(split.shape)
     again = feature.clone().requires_grad_()
-    (want,) = torch.autograd.grad(roi_align(again, boxes, 2 * grid, 0.25, 1), again, to_split)
-    torch.testing.assert_close(got.cpu(), want, rtol=0, atol=1e-13)
+    (expected,) = torch.autograd.grad(roi_align(again, boxes, 2 * grid, 0.25, 1), again, to_split)
+    torch.testing.assert_close(actual.cpu(), expected, rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("form", ["tensor", "list"])
@@ -199,10 +145,10 @@ def test_one_level_is_torchvisions(form, aligned, device):
     boxes = boxes[boxes[:, 0].argsort()]
     if form == "list":
         boxes = [boxes[boxes[:, 0] == image, 1:] for image in range(2)]
-    theirs = torchvision.ops.roi_align(feature, boxes, (2, 3), 0.5, 2, aligned)
+    expected = torchvision.ops.roi_align(feature, boxes, (2, 3), 0.5, 2, aligned)
     moved = [b.to(device) for b in boxes] if form == "list" else boxes.to(device)
-    ours = roi_align(feature.to(device), moved, (2, 3), 0.5, 2, aligned)
-    torch.testing.assert_close(ours.cpu(), theirs, rtol=2e-6, atol=2e-6)
+    actual = roi_align(feature.to(device), moved, (2, 3), 0.5, 2, aligned)
+    torch.testing.assert_close(actual.cpu(), expected, rtol=2e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("levels", [1, 2, 4, 6])
@@ -219,9 +165,9 @@ def test_a_pyramid_is_torchvisions(levels, device):
     boxes = boxes[boxes[:, 0].argsort(stable=True)]
     per_image = [boxes[boxes[:, 0] == image, 1:] for image in range(2)]
     pool = torchvision.ops.MultiScaleRoIAlign(names, 2, 2)
-    theirs = pool(dict(zip(names, features, strict=True)), per_image, [(256, 384)] * 2)
-    ours = multiscale_roi_align([f.to(device) for f in features], boxes.to(device), 2, scales)
-    torch.testing.assert_close(ours.cpu(), theirs, rtol=2e-6, atol=2e-6)
+    expected = pool(dict(zip(names, features, strict=True)), per_image, [(256, 384)] * 2)
+    actual = multiscale_roi_align([f.to(device) for f in features], boxes.to(device), 2, scales)
+    torch.testing.assert_close(actual.cpu(), expected, rtol=2e-6, atol=2e-6)
 
 
 def test_a_hand_table(device):
@@ -234,10 +180,10 @@ def test_a_hand_table(device):
         assert torch.equal(roi_align(ramp, box, 4, 1.0, 0, aligned).cpu()[0, 0], table)
 
 
-def test_absurd_boxes_have_no_features_and_no_gradient(device):
+def test_non_finite_boxes_have_no_features_and_no_gradient(device):
     (feature,) = draw_pyramid([(6, 7)])
     leaf = feature.to(device).requires_grad_()
-    absurd = [
+    non_finite = [
         [0, NAN, 0, 5, 5],
         [0, 0, 0, INF, 5],
         [0, -INF, 0, 5, 5],
@@ -246,7 +192,7 @@ def test_absurd_boxes_have_no_features_and_no_gradient(device):
     ]
     for reduction in ("mean", "max"):
         for ratio, scale in ((0, 1.0), (2, 1.0), (2, 4.0)):
-            boxes = torch.tensor([*absurd, [0, *[1e38 * scale] * 4]], device=device)  # infinite when scaled by 4
+            boxes = torch.tensor([*non_finite, [0, *[1e38 * scale] * 4]], device=device)  # infinite when scaled by 4
             out = roi_align(leaf, boxes, 2, scale, ratio, True, reduction=reduction)
             assert out.eq(0).all()
             assert torch.autograd.grad(out.sum(), leaf)[0].eq(0).all()
@@ -275,7 +221,7 @@ def test_an_empty_box_has_no_samples_when_aligned(device):
 
 @pytest.mark.parametrize("rounding", ["torchvision", "detectron2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_boxes_on_a_boundary_between_levels_go_where_the_peers_send_them(rounding, dtype, device):
+def test_boxes_on_a_boundary_have_the_level_of_the_peer(rounding, dtype, device):
     # A box `[0, 0, area, 1]` has that area to the bit; each level is filled with its number.
     areas = torch.tensor([112.0, 224, 448], dtype=dtype).square()
     bits = areas.view(torch.int32 if dtype == torch.float32 else torch.int64)
@@ -286,15 +232,15 @@ def test_boxes_on_a_boundary_between_levels_go_where_the_peers_send_them(roundin
     boxes = torch.zeros(len(areas), 5, dtype=dtype)
     boxes[:, 3], boxes[:, 4] = areas, 1
     if rounding == "torchvision":
-        want = torchvision.ops.poolers.LevelMapper(2, 5)([boxes[:, 1:]]) + 2
+        expected = torchvision.ops.poolers.LevelMapper(2, 5)([boxes[:, 1:]]) + 2
     else:
-        want = (4 + torch.log2(areas.sqrt() / 224 + 1e-8)).floor().clamp(2, 5).long()
-    assert len(want.unique()) == 4
+        expected = (4 + torch.log2(areas.sqrt() / 224 + 1e-8)).floor().clamp(2, 5).long()
+    assert len(expected.unique()) == 4
     # Wide enough for the one sample, in the middle of a box that is one pixel high.
     levels = [torch.full((1, 1, 2, 7000), float(level), dtype=dtype, device=device) for level in (2, 3, 4, 5)]
     scales = [2.0**-level for level in (2, 3, 4, 5)]
     out = multiscale_roi_align(levels, boxes.to(device), 1, scales, 1, level_rounding=rounding)
-    assert torch.equal(out.flatten().round().long().cpu(), want)
+    assert torch.equal(out.flatten().round().long().cpu(), expected)
 
 
 def test_a_level_missing_from_the_pyramid_gives_zeros_like_torchvision(device):
@@ -302,10 +248,10 @@ def test_a_level_missing_from_the_pyramid_gives_zeros_like_torchvision(device):
     features = draw_pyramid(sizes, images=1)
     boxes = torch.tensor([[0, 0, 0, 50, 50], [0, 0, 0, 300, 300], [0, 0, 0, 500, 500.0]])
     pool = torchvision.ops.MultiScaleRoIAlign(names, 2, 2)
-    theirs = pool(dict(zip(names, features, strict=True)), [boxes[:, 1:]], [(512, 512)])
-    ours = multiscale_roi_align([f.to(device) for f in features], boxes.to(device), 2, [1 / 8, 1 / 32])
-    torch.testing.assert_close(ours.cpu(), theirs, rtol=2e-6, atol=2e-6)
-    assert theirs[2].eq(0).all()
+    expected = pool(dict(zip(names, features, strict=True)), [boxes[:, 1:]], [(512, 512)])
+    actual = multiscale_roi_align([f.to(device) for f in features], boxes.to(device), 2, [1 / 8, 1 / 32])
+    torch.testing.assert_close(actual.cpu(), expected, rtol=2e-6, atol=2e-6)
+    assert expected[2].eq(0).all()
 
 
 @pytest.mark.parametrize("reduction", ["mean", "max"])
@@ -330,10 +276,10 @@ def test_nothing_to_pool(reduction, device):
 def test_non_contiguous_inputs(device):
     (feature,) = draw_pyramid([(12, 14)], images=4, channels=6)
     boxes = draw_boxes(4, 2, 10, seed=1)
-    want = roi_align(feature[::2, 1::2, 2:10, ::2].contiguous().to(device), boxes.to(device), 2)
+    expected = roi_align(feature[::2, 1::2, 2:10, ::2].contiguous().to(device), boxes.to(device), 2)
     moved, wide = feature.to(device), torch.zeros(4, 10, device=device)
     wide[:, ::2] = boxes.to(device)
-    assert torch.equal(roi_align(moved[::2, 1::2, 2:10, ::2], wide[:, ::2], 2), want)
+    assert torch.equal(roi_align(moved[::2, 1::2, 2:10, ::2], wide[:, ::2], 2), expected)
 
 
 def test_a_gradient_of_stride_zero(device):
@@ -347,7 +293,7 @@ def test_a_gradient_of_stride_zero(device):
 @pytest.mark.parametrize("reduction", ["mean", "max"])
 def test_same_inputs_same_bits(reduction, device):
     features = draw_pyramid([(9, 13), (5, 7)], channels=3)
-    boxes = draw_boxes(2, 2, 20, seed=4).repeat(4, 1).to(device)  # a crowd on the same pixels
+    boxes = draw_boxes(2, 2, 20, seed=4).repeat(4, 1).to(device)  # many on the same pixels
     leaves = [feature.to(device).requires_grad_() for feature in features]
     runs = []
     for _ in range(2):
@@ -371,20 +317,18 @@ def test_gradcheck(device):
         torch.autograd.grad(sum(g.sum() for g in second), features)
 
 
-RULE = (SCALES, 2, False, 224.0, 4, "torchvision")
-
-
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("maximum", [False, True])
-def test_are_registered_operators(maximum, layout, device):
+@pytest.mark.parametrize("reduction", ["mean", "max"])
+def test_are_registered_operators(reduction, layout, device):
+    spec = RoIAlignSpec(2, 3, SCALES, sampling_ratio=2, aligned=False, reduction=reduction)
     features = [f.to(device) for f in draw_pyramid([(6, 7), (3, 4)], layout=layout)]
     boxes = draw_boxes(3, 2, 24, seed=6).to(device)
     leaves = [feature.requires_grad_() for feature in features]
-    torch.library.opcheck(torch.ops.fastmask.roi_align.default, (leaves, boxes, 2, 3, maximum, *RULE))
-    out, argmax = torch.ops.fastmask.roi_align(features, boxes, 2, 3, maximum, *RULE)
-    grad = torch.ones_like(out).requires_grad_(not maximum)
+    torch.library.opcheck(torch.ops.fastmask.roi_align.default, (leaves, boxes, *spec))
+    out, argmax = torch.ops.fastmask.roi_align(features, boxes, *spec)
+    grad = torch.ones_like(out).requires_grad_(reduction == "mean")
     last = layout == torch.channels_last
-    arguments = (grad, boxes, argmax, [2, 6, 7, 3, 4], last, maximum, *RULE)
+    arguments = (grad, boxes, argmax, [2, 6, 7, 3, 4], last, *spec)
     torch.library.opcheck(torch.ops.fastmask.roi_align_backward.default, arguments)
 
 
@@ -397,9 +341,9 @@ def test_compiles_whole_forward_and_backward(dynamic, device):
     for sizes, k in (([(6, 7), (3, 4)], 2), ([(8, 7), (4, 4)], 3)):
         features = [f.to(device).requires_grad_() for f in draw_pyramid(sizes)]
         boxes = draw_boxes(k, 2, 24, seed=k)[:, 1:].to(device)
-        want, got = pool(features, boxes), compiled(features, boxes)
-        assert torch.equal(got, want)
-        for a, b in zip(torch.autograd.grad(got, features), torch.autograd.grad(want, features), strict=True):
+        expected, actual = pool(features, boxes), compiled(features, boxes)
+        assert torch.equal(actual, expected)
+        for a, b in zip(torch.autograd.grad(actual, features), torch.autograd.grad(expected, features), strict=True):
             assert torch.equal(a, b)
 
 
@@ -428,6 +372,51 @@ def test_autocast_keeps_half_precision_and_the_boxes_in_float32(device):
     assert roi_align(many, lists, 1).item() == 257
 
 
+@pytest.mark.parametrize("reduction", ["mean", "max"])
+@pytest.mark.parametrize("rounding", ["torchvision", "detectron2"])
+def test_the_default_device_makes_no_difference(rounding, reduction, device):
+    features = [f.to(device).requires_grad_() for f in draw_pyramid([(6, 7), (3, 4)])]
+    boxes = draw_boxes(3, 2, 24, seed=8, dtype=torch.float64).to(device)
+    area_thresholds.cache_clear()
+    runs = []
+    for default in (device, "meta"):
+        with torch.device(default):
+            pooled = [
+                multiscale_roi_align(
+                    features,
+                    boxes,
+                    2,
+                    SCALES,
+                    ratio,
+                    canonical_box_size=24,
+                    reduction=reduction,
+                    level_rounding=rounding,
+                )
+                for ratio in (0, 2)
+            ]
+            pooled.append(roi_align(features[0], [boxes[:, 1:]], 2, reduction=reduction))
+            runs.append([*pooled, *torch.autograd.grad(sum(out.sum() for out in pooled), features)])
+        area_thresholds.cache_clear()
+    assert all(map(torch.equal, *runs))
+
+
+class Pooler(torch.nn.Module):
+    """Pools from two levels and from the first alone."""
+
+    def forward(self, fine, coarse, boxes):
+        pooled = multiscale_roi_align([fine, coarse], boxes, 2, SCALES, canonical_box_size=24)
+        return pooled + roi_align(fine, boxes, output_size=2, spatial_scale=0.25)
+
+
+def test_is_recorded_by_symbolic_tracing(device):
+    features = [f.to(device) for f in draw_pyramid([(6, 7), (3, 4)])]
+    boxes = draw_boxes(3, 2, 24, seed=8).to(device)
+    traced = torch.fx.symbolic_trace(Pooler())
+    called = [node.target for node in traced.graph.nodes if node.op == "call_function"]
+    assert called[:2] == [multiscale_roi_align, roi_align]
+    assert torch.equal(traced(*features, boxes), Pooler()(*features, boxes))
+
+
 F, B = torch.zeros(2, 3, 4, 4), torch.zeros(1, 5)
 
 
@@ -435,8 +424,8 @@ F, B = torch.zeros(2, 3, 4, 4), torch.zeros(1, 5)
     ("error", "named", "call"),
     [
         (ValueError, "features: expected at least one level", lambda: multiscale_roi_align([], B, 2, [])),
-        (TypeError, "features: expected float16", lambda: roi_align(F.int(), B, 2)),
-        (ValueError, r"features: expected \[N, C, H, W\]", lambda: roi_align(F[0], B, 2)),
+        (TypeError, "input: expected float16", lambda: roi_align(F.int(), B, 2)),
+        (ValueError, r"input: expected \[N, C, H, W\]", lambda: roi_align(F[0], B, 2)),
         (ValueError, "same N and C", lambda: multiscale_roi_align([F, F[:1]], B, 2, SCALES)),
         (
             ValueError,
@@ -452,9 +441,9 @@ F, B = torch.zeros(2, 3, 4, 4), torch.zeros(1, 5)
         ),
         (TypeError, "boxes: expected a floating", lambda: roi_align(F, B.int(), 2)),
         (ValueError, "boxes: expected on cpu", lambda: roi_align(F, B.to("meta"), 2)),
-        (ValueError, "output_size: expected a number of bins >= 1", lambda: roi_align(F, B, (2, 0))),
-        (ValueError, "spatial_scales: expected 1 positive finite", lambda: roi_align(F, B, 2, -0.5)),
-        (ValueError, "spatial_scales: expected 2", lambda: multiscale_roi_align([F, F], B, 2, [0.25])),
+        (ValueError, "output_size: expected at least 1", lambda: roi_align(F, B, (2, 0))),
+        (ValueError, "spatial_scale: expected a positive finite", lambda: roi_align(F, B, 2, -0.5)),
+        (ValueError, "spatial_scales: expected one for each of 2", lambda: multiscale_roi_align([F, F], B, 2, [0.25])),
         (ValueError, "finest level first", lambda: multiscale_roi_align([F, F], B, 2, SCALES[::-1])),
         (
             ValueError,
@@ -464,13 +453,36 @@ F, B = torch.zeros(2, 3, 4, 4), torch.zeros(1, 5)
         (ValueError, 'reduction: expected "mean" or "max"', lambda: roi_align(F, B, 2, reduction="sum")),
         (
             ValueError,
-            "level_rounding: expected one of",
+            'level_rounding: expected "torchvision" or "detectron2"',
             lambda: multiscale_roi_align([F], B, 2, [1], level_rounding="mmdet"),
         ),
         (
             ValueError,
             "canonical_box_size: expected a positive",
             lambda: multiscale_roi_align([F], B, 2, [1], canonical_box_size=0),
+        ),
+        (TypeError, "features: expected a sequence of Tensors", lambda: multiscale_roi_align(F, B, 2, [1])),
+        (TypeError, "input: expected a Tensor, got None", lambda: roi_align(None, B, 2)),
+        (TypeError, "input: expected a Tensor, got .*ndarray", lambda: roi_align(F.numpy(), B, 2)),
+        (TypeError, "input: expected a dense tensor, got torch.sparse_coo", lambda: roi_align(F.to_sparse(), B, 2)),
+        (TypeError, "boxes: expected a sequence of Tensors", lambda: roi_align(F, B.numpy(), 2)),
+        (TypeError, "boxes: expected a Tensor", lambda: roi_align(F, [[0, 0, 1, 1]], 2)),
+        (TypeError, "boxes: expected a dense tensor", lambda: roi_align(F, B.to_sparse(), 2)),
+        (TypeError, "boxes: expected a floating dtype", lambda: roi_align(F, B.to(torch.complex64), 2)),
+        (TypeError, "output_size: expected an int, got 2.0", lambda: roi_align(F, B, 2.0)),
+        (TypeError, "output_size: expected two ints", lambda: roi_align(F, B, "22")),
+        (ValueError, "output_size: expected two ints", lambda: roi_align(F, B, (2, 2, 2))),
+        (ValueError, r"output_size: expected fewer than 2\^31", lambda: roi_align(F, B, (1 << 15, 1 << 15))),
+        (TypeError, "spatial_scale: expected a number", lambda: roi_align(F, B, 2, "1")),
+        (ValueError, "spatial_scale: expected a number in the range", lambda: roi_align(F, B, 2, 10**400)),
+        (TypeError, "spatial_scales: expected a number", lambda: multiscale_roi_align([F], B, 2, [None])),
+        (TypeError, "sampling_ratio: expected an int, got 2.5", lambda: roi_align(F, B, 2, 1.0, 2.5)),
+        (ValueError, r"sampling_ratio: expected fewer than 2\^31", lambda: roi_align(F, B, 2, 1.0, 1 << 16)),
+        (TypeError, "aligned: expected a bool", lambda: roi_align(F, B, 2, 1.0, 2, "yes")),
+        (
+            TypeError,
+            "canonical_level: expected an int",
+            lambda: multiscale_roi_align([F], B, 2, [1], canonical_level=4.0),
         ),
     ],
 )
@@ -481,14 +493,14 @@ def test_bad_arguments_are_named(error, named, call):
 
 @pytest.mark.reference_only
 @pytest.mark.parametrize("index", [-1, 2, NAN])
-def test_an_image_that_is_not_there(index):
+def test_image_indices_outside_the_batch_raise(index):
     boxes = torch.tensor([[0, 0, 0, 2, 2], [index, 0, 0, 2, 2.0]])
     with pytest.raises(ValueError, match=r"boxes: expected image indices in \[0, 2\).* in row 1"):
         roi_align(F, boxes, 2)
 
 
 @pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="the reference raises instead")
-def test_kernels_give_an_image_that_is_not_there_no_features():
+def test_kernels_pool_zeros_for_image_indices_outside_the_batch():
     device = "cpu" if INTERPRETED else "cuda"
     boxes = torch.tensor([[-1, 0, 0, 2, 2], [2, 0, 0, 2, 2], [NAN, 0, 0, 2, 2], [1, 0, 0, 2, 2.0]], device=device)
     out = roi_align(torch.ones(2, 3, 4, 4, device=device), boxes, 2)

@@ -1,79 +1,27 @@
-"""roi_pool against torchvision, bit for bit; against integer arithmetic; layouts, gradients, absurd boxes."""
+"""roi_pool against torchvision, bit for bit, and integer arithmetic; layouts, gradients, degenerate boxes."""
 
 import pytest
 import torch
-from conftest import assert_within_budget
 from torch.autograd import gradcheck, gradgradcheck
 from torchvision.ops import roi_pool as torchvision_roi_pool
 
-from fastmask.kernels import roi_pool as module
 from fastmask.kernels._runtime import INTERPRETED
-from fastmask.kernels.roi_pool import backward as backward_module
-from fastmask.kernels.roi_pool import roi_pool
+from fastmask.kernels.roi_pool import reference, roi_pool
 from fastmask.kernels.roi_pool.geometry import quantise
+from fastmask.kernels.roi_pool.op import RoIPoolSpec
+from tests.oracles.budget import assert_within_budget
+from tests.oracles.roi_pool import assert_like_torchvision, draw_features_and_boxes, exact_pool, forward_backward
 
 NAN, INF = float("nan"), float("inf")
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 LOWEST = torch.finfo(torch.float32).min
 
 
-def draw(images, channels, height, width, boxes, seed, dtype=torch.float32):
-    """Features, and boxes of which some are empty, inverted, partly or altogether outside the map."""
-    g = torch.Generator().manual_seed(seed)
-    features = torch.randn(images, channels, height, width, generator=g, dtype=torch.float64)
-    image = torch.randint(images, (boxes, 1), generator=g)
-    side = torch.tensor([width, height])
-    corner = (torch.rand(boxes, 2, generator=g) * 1.6 - 0.4) * side
-    size = (torch.rand(boxes, 2, generator=g) * 1.2 - 0.1) * side
-    return features.to(dtype), torch.cat([image, corner, corner + size], 1).to(
-        torch.float64 if dtype == torch.float64 else torch.float32
-    )
-
-
-def forward_backward(pool, features, boxes, grad, *arguments):
-    features = features.detach().requires_grad_()
-    output = pool(features, boxes, *arguments)
-    output.backward(grad.to(output))
-    return output.detach(), features.grad
-
-
-def assert_like_torchvision(device, features, boxes, size, scale=1.0):
-    grad = torch.randn(len(boxes), features.shape[1], *size, dtype=features.dtype)
-    want = forward_backward(torchvision_roi_pool, features, boxes, grad, size, scale)
-    got = forward_backward(roi_pool, features.to(device), boxes.to(device), grad, size, scale)
-    assert torch.equal(got[0].cpu(), want[0])
-    assert torch.equal(got[1].cpu(), want[1])
-
-
-def exact_pool(features, boxes, size):
-    """Maxima and argmax by whole numbers, for boxes that are whole pixels already."""
-    output = torch.zeros(len(boxes), features.shape[1], *size, dtype=features.dtype)
-    argmax = torch.full(output.shape, -1, dtype=torch.int32)
-    height, width = features.shape[2:]
-    for k, (image, x1, y1, x2, y2) in enumerate(boxes.long().tolist()):
-        w, h = max(x2 - x1 + 1, 1), max(y2 - y1 + 1, 1)
-        for ph in range(size[0]):
-            rows = range(y1 + ph * h // size[0], y1 - (-(ph + 1) * h // size[0]))
-            for pw in range(size[1]):
-                columns = range(x1 + pw * w // size[1], x1 - (-(pw + 1) * w // size[1]))
-                for c in range(features.shape[1]):
-                    inside = [
-                        (-features[image, c, y, x].item(), y * width + x)
-                        for y in rows
-                        for x in columns
-                        if 0 <= y < height and 0 <= x < width
-                    ]
-                    if inside:
-                        value, argmax[k, c, ph, pw] = min(inside)
-                        output[k, c, ph, pw] = -value
-    return output, argmax
-
-
 def test_hand_table(device):
     features = torch.arange(20.0, device=device).view(1, 1, 4, 5)
     boxes = torch.tensor([[0.0, 0, 0, 3, 3], [0, 2.5, 0.5, 3.4, 1.4], [0, -9, -9, 0, 0]], device=device)
-    want = [[[6, 8], [16, 18]], [[8, 8], [8, 8]], [[0, 0], [0, 0]]]  # the second rounds to pixel (1, 3)
-    assert roi_pool(features, boxes, 2).cpu()[:, 0].tolist() == want
+    expected = [[[6, 8], [16, 18]], [[8, 8], [8, 8]], [[0, 0], [0, 0]]]  # the second rounds to pixel (1, 3)
+    assert roi_pool(features, boxes, 2).cpu()[:, 0].tolist() == expected
     assert roi_pool(features, boxes * 16, (1, 2), 1 / 16)[0].flatten().tolist() == [16, 18]
 
 
@@ -83,31 +31,31 @@ def test_hand_table(device):
     [((2, 3, 9, 7), (3, 2), 1.0), ((1, 17, 6, 5), (2, 4), 0.37), ((1, 1, 1, 1), (1, 1), 2.0)],
 )
 def test_is_torchvisions_bit_for_bit(device, shape, size, scale, dtype):
-    features, boxes = draw(*shape, boxes=5, seed=sum(shape), dtype=dtype)
+    features, boxes = draw_features_and_boxes(*shape, boxes=5, seed=sum(shape), dtype=dtype)
     boxes[:, 1:] /= scale
     assert_like_torchvision(device, features, boxes, size, scale)
 
 
 @pytest.mark.reference_only
 def test_many_boxes_in_chunks_are_torchvisions(monkeypatch):
-    features, boxes = draw(3, 8, 40, 50, boxes=300, seed=0)
+    features, boxes = draw_features_and_boxes(3, 8, 40, 50, boxes=300, seed=0)
     assert_like_torchvision("cpu", features, boxes * torch.tensor([1.0, 16, 16, 16, 16]), (7, 7), 1 / 16)
-    monkeypatch.setattr(module, "REFERENCE_PIXELS", 1000)
-    monkeypatch.setattr(backward_module, "REFERENCE_VALUES", 1000)
+    monkeypatch.setattr(reference, "MAX_PIXELS", 1000)
+    monkeypatch.setattr(reference, "MAX_GRADIENTS", 1000)
     assert_like_torchvision("cpu", features, boxes, (7, 7))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("boxes_dtype", [torch.float16, torch.float64])
 def test_every_dtype_is_exact(device, dtype, boxes_dtype):
-    features, boxes = draw(2, 5, 6, 9, boxes=4, seed=3, dtype=dtype)
+    features, boxes = draw_features_and_boxes(2, 5, 6, 9, boxes=4, seed=3, dtype=dtype)
     boxes = boxes.round()
     output, argmax = exact_pool(features, boxes, (2, 4))
     features, grad = features.to(device).requires_grad_(), torch.randn(4, 5, 2, 4).to(device, dtype)
-    got = roi_pool(features, boxes.to(device, boxes_dtype), (2, 4))
-    got.backward(grad)
-    assert got.dtype == dtype
-    assert torch.equal(got.cpu(), output)
+    actual = roi_pool(features, boxes.to(device, boxes_dtype), (2, 4))
+    actual.backward(grad)
+    assert actual.dtype == dtype
+    assert torch.equal(actual.cpu(), output)
     sums, magnitudes = torch.zeros(2, 2, 5, 6 * 9, dtype=torch.float64)
     for k, image in enumerate(boxes[:, 0].long()):
         won = argmax[k].flatten(1)
@@ -119,43 +67,43 @@ def test_every_dtype_is_exact(device, dtype, boxes_dtype):
 
 
 def test_operator_returns_the_argmax(device):
-    features, boxes = draw(1, 3, 7, 6, boxes=3, seed=5)
+    features, boxes = draw_features_and_boxes(1, 3, 7, 6, boxes=3, seed=5)
     boxes = boxes.round()
-    _, want = exact_pool(features, boxes, (2, 2))
+    _, expected = exact_pool(features, boxes, (2, 2))
     _, argmax = torch.ops.fastmask.roi_pool(features.to(device), boxes.to(device), 2, 2, 1.0)
     assert argmax.dtype == torch.int32
-    assert torch.equal(argmax.cpu(), want)
+    assert torch.equal(argmax.cpu(), expected)
 
 
 def test_first_of_equals_wins(device):
     features = torch.ones(1, 2, 5, 6, device=device, requires_grad=True)
     boxes = torch.tensor([[0.0, 1, 2, 4, 4], [0, 2, 2, 2, 3]], device=device)
     roi_pool(features, boxes, 1).sum().backward()  # a gradient of stride 0
-    want = torch.zeros(5, 6)
-    want[2, 1] = want[2, 2] = 1
-    assert torch.equal(features.grad.cpu(), want.expand(1, 2, 5, 6))
+    expected = torch.zeros(5, 6)
+    expected[2, 1] = expected[2, 2] = 1
+    assert torch.equal(features.grad.cpu(), expected.expand(1, 2, 5, 6))
 
 
 @pytest.mark.parametrize("channels", [1, 3, 16])
 def test_layout_follows_the_input(device, channels):
-    features, boxes = draw(2, channels, 6, 5, boxes=3, seed=channels)
+    features, boxes = draw_features_and_boxes(2, channels, 6, 5, boxes=3, seed=channels)
     features, boxes = features.to(device), boxes.to(device)
     grad = torch.randn(3, channels, 2, 3, device=device)
     wide = torch.zeros(2, channels, 6, 10, device=device)
     wide[..., ::2] = features
-    want = forward_backward(roi_pool, features, boxes, grad, (2, 3))
-    assert all(tensor.is_contiguous() for tensor in want)
+    expected = forward_backward(roi_pool, features, boxes, grad, (2, 3))
+    assert all(tensor.is_contiguous() for tensor in expected)
     last = features.contiguous(memory_format=torch.channels_last)
-    got = forward_backward(roi_pool, last, boxes, grad, (2, 3))
-    for tensor, expected in zip(got, want, strict=True):
+    actual = forward_backward(roi_pool, last, boxes, grad, (2, 3))
+    for tensor, contiguous in zip(actual, expected, strict=True):
         assert tensor.is_contiguous(memory_format=torch.channels_last)
-        assert torch.equal(tensor, expected)
+        assert torch.equal(tensor, contiguous)
     for strided in (wide[..., ::2], features.mT.contiguous().mT):
-        got = forward_backward(roi_pool, strided, boxes, grad, (2, 3))
-        assert all(map(torch.equal, got, want))
+        actual = forward_backward(roi_pool, strided, boxes, grad, (2, 3))
+        assert all(map(torch.equal, actual, expected))
     columns = torch.zeros(3, 7, device=device)
     columns[:, 1:6] = boxes
-    assert torch.equal(roi_pool(features, columns[:, 1:6], (2, 3)), want[0])
+    assert torch.equal(roi_pool(features, columns[:, 1:6], (2, 3)), expected[0])
 
 
 def test_features_that_are_not_finite(device):
@@ -170,8 +118,8 @@ def test_features_that_are_not_finite(device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_absurd_boxes(device, dtype):
-    features, _ = draw(1, 2, 4, 5, boxes=0, seed=0, dtype=dtype)
+def test_degenerate_and_non_finite_boxes(device, dtype):
+    features, _ = draw_features_and_boxes(1, 2, 4, 5, boxes=0, seed=0, dtype=dtype)
     bad = [[0, NAN, 0, 1, 1], [0, 0, 0, INF, 1], [0, 0, -INF, 1, 1], [0, 0, 0, 1, NAN]]
     empty = [[0, 1e30, 1e30, 1e31, 1e31], [0, -1e20, 0, -1e19, 1], [0, 9, 0, -9, 3]]
     everything = [[0, -1e18, -1e18, 1e18, 1e18], [0, -0.5, -0.4, 4.4, 4]]
@@ -184,7 +132,7 @@ def test_absurd_boxes(device, dtype):
 
 
 def test_large_boxes_are_torchvisions(device):
-    features, _ = draw(1, 2, 5, 6, boxes=0, seed=1)
+    features, _ = draw_features_and_boxes(1, 2, 5, 6, boxes=0, seed=1)
     boxes = torch.tensor([[0, -1e9, -1e9, 1e9, 1e9], [0, -1e9, 1, 3, 2], [0, 2, -3, 1e8, 9]])
     assert_like_torchvision(device, features, boxes, (2, 3))
 
@@ -196,7 +144,7 @@ def test_batch_index_out_of_range(device, index):
     if device == "cpu" and not INTERPRETED:
         with pytest.raises(ValueError, match=r"boxes: expected image indices in \[0, 2\)"):
             roi_pool(features, boxes, 2)
-    else:  # to raise, an accelerator would have to be waited for
+    else:  # to raise, an accelerator would have to synchronise with the host
         output = roi_pool(features, boxes, 2)
         output.sum().backward()
         assert output.flatten().tolist() == [1] * 4 + [0] * 4
@@ -243,7 +191,7 @@ def test_nothing_to_pool(device):
 
 
 def test_list_of_boxes(device):
-    features, boxes = draw(3, 2, 5, 5, boxes=4, seed=2)
+    features, boxes = draw_features_and_boxes(3, 2, 5, 5, boxes=4, seed=2)
     boxes[:, 0] = torch.tensor([0, 0, 2, 2])
     features, boxes = features.to(device), boxes.to(device)
     per_image = [boxes[:2, 1:], boxes[:0, 1:], boxes[2:, 1:]]
@@ -260,7 +208,7 @@ def test_half_precision_lists_know_their_image():
 
 @pytest.mark.reference_only
 def test_gradients_of_both_orders():
-    features, boxes = draw(2, 1, 3, 4, boxes=3, seed=8, dtype=torch.float64)
+    features, boxes = draw_features_and_boxes(2, 1, 3, 4, boxes=3, seed=8, dtype=torch.float64)
     boxes[:, 1:] += 0.01
     features.requires_grad_()
     assert gradcheck(lambda x: roi_pool(x, boxes, (2, 3)), features)
@@ -268,20 +216,20 @@ def test_gradients_of_both_orders():
 
 
 def test_second_derivative_returns_from_the_winners(device):
-    features, boxes = draw(2, 3, 4, 5, boxes=3, seed=9)
+    features, boxes = draw_features_and_boxes(2, 3, 4, 5, boxes=3, seed=9)
     features, boxes = features.to(device).requires_grad_(), boxes.to(device)
     output, argmax = torch.ops.fastmask.roi_pool(features, boxes, 2, 2, 1.0)
     grad = torch.randn_like(output).requires_grad_()
     (gradient,) = torch.autograd.grad(output, features, grad, create_graph=True)
     direction = torch.randn_like(gradient)
-    (got,) = torch.autograd.grad(gradient, grad, direction)
+    (actual,) = torch.autograd.grad(gradient, grad, direction)
     picked = direction[boxes[:, 0].long()].flatten(2).gather(2, argmax.clamp(min=0).long().flatten(2))
-    assert torch.equal(got, picked.view_as(got).where(argmax >= 0, 0))
+    assert torch.equal(actual, picked.view_as(actual).where(argmax >= 0, 0))
 
 
 def test_backward_is_deterministic(device):
     count = 70  # more than the kernel looks at in one step
-    features, boxes = draw(1, 2, 3, 4, boxes=count, seed=4)
+    features, boxes = draw_features_and_boxes(1, 2, 3, 4, boxes=count, seed=4)
     boxes[:, 1:] = torch.tensor([0.0, 0, 2, 2]) + torch.arange(count)[:, None] % 2
     grad = torch.randn(count, 2, 1, 1) * torch.logspace(-6, 6, count)[:, None, None, None]
     features, boxes = features.to(device), boxes.to(device)
@@ -294,7 +242,7 @@ def test_backward_is_deterministic(device):
 
 
 def test_autocast_keeps_half_precision(device):
-    features, boxes = draw(1, 4, 5, 5, boxes=2, seed=6, dtype=torch.bfloat16)
+    features, boxes = draw_features_and_boxes(1, 4, 5, 5, boxes=2, seed=6, dtype=torch.bfloat16)
     features, boxes = features.to(device).requires_grad_(), boxes.to(device)
     with torch.autocast(device, torch.bfloat16):
         output = roi_pool(features, boxes, 2)
@@ -305,31 +253,57 @@ def test_autocast_keeps_half_precision(device):
 
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_operators_are_registered_in_full(device, channels_last):
-    features, boxes = draw(2, 3, 4, 4, boxes=2, seed=7)
+    features, boxes = draw_features_and_boxes(2, 3, 4, 4, boxes=2, seed=7)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     features = features.to(device, memory_format=layout).requires_grad_()
     boxes = boxes.to(device)
-    torch.library.opcheck(torch.ops.fastmask.roi_pool.default, (features, boxes, 2, 2, 0.5))
-    output, argmax = torch.ops.fastmask.roi_pool(features, boxes, 2, 2, 0.5)
+    spec = RoIPoolSpec(2, 2, 0.5)
+    torch.library.opcheck(torch.ops.fastmask.roi_pool.default, (features, boxes, *spec))
+    output, argmax = torch.ops.fastmask.roi_pool(features, boxes, *spec)
     grad = torch.randn_like(output).requires_grad_()
-    arguments = (grad, boxes, argmax, features.shape, 0.5, channels_last)
+    arguments = (grad, boxes, argmax, features.shape, channels_last, *spec)
     torch.library.opcheck(torch.ops.fastmask.roi_pool_backward.default, arguments)
 
 
 def test_compiles_as_one_graph(device):
-    features, boxes = draw(1, 3, 5, 4, boxes=2, seed=11)
+    features, boxes = draw_features_and_boxes(1, 3, 5, 4, boxes=2, seed=11)
     features, boxes = features.to(device), boxes.to(device)
     compiled = torch.compile(roi_pool, fullgraph=True, backend="aot_eager")
     grad = torch.randn(2, 3, 2, 2)
-    got = forward_backward(compiled, features, boxes, grad, 2, 0.5)
-    want = forward_backward(roi_pool, features, boxes, grad, 2, 0.5)
-    assert all(map(torch.equal, got, want))
+    actual = forward_backward(compiled, features, boxes, grad, 2, 0.5)
+    expected = forward_backward(roi_pool, features, boxes, grad, 2, 0.5)
+    assert all(map(torch.equal, actual, expected))
+
+
+def test_the_default_device_makes_no_difference(device):
+    features, boxes = draw_features_and_boxes(2, 3, 5, 4, boxes=2, seed=12)
+    features, boxes = features.to(device), boxes.to(device)
+    grad = torch.randn(2, 3, 2, 2, device=device)
+    expected = forward_backward(roi_pool, features, boxes, grad, 2, 0.5)
+    with torch.device("meta"):
+        actual = forward_backward(roi_pool, features, boxes, grad, 2, 0.5)
+    assert all(map(torch.equal, actual, expected))
+
+
+class Pooler(torch.nn.Module):
+    """Pools the largest features."""
+
+    def forward(self, input, boxes):
+        return roi_pool(input, boxes, 2).sum()
+
+
+def test_is_recorded_by_symbolic_tracing(device):
+    features, boxes = draw_features_and_boxes(2, 3, 5, 4, boxes=2, seed=12)
+    features, boxes = features.to(device), boxes.to(device)
+    traced = torch.fx.symbolic_trace(Pooler())
+    assert roi_pool in [node.target for node in traced.graph.nodes]
+    assert torch.equal(traced(features, boxes), Pooler()(features, boxes))
 
 
 @pytest.mark.parametrize(
     ("error", "message", "arguments"),
     [
-        (ValueError, r"input: expected \[N, C, H, W\] .*got \[\[2, 3, 4\]\]", (torch.rand(2, 3, 4), [], 2)),
+        (ValueError, r"input: expected \[N, C, H, W\], got \[2, 3, 4\]", (torch.rand(2, 3, 4), [], 2)),
         (TypeError, r"input: expected float16, .* got torch.int64", (torch.ones(1, 1, 2, 2).long(), [], 2)),
         (
             ValueError,
@@ -342,7 +316,15 @@ def test_compiles_as_one_graph(device):
         (TypeError, r"boxes: expected a floating", (torch.rand(1, 1, 2, 2), torch.ones(3, 5).int(), 2)),
         (ValueError, r"output_size: expected", (torch.rand(1, 1, 2, 2), [], (0, 2))),
         (ValueError, r"output_size: expected", (torch.rand(1, 1, 2, 2), [], (2, 2, 2))),
-        (ValueError, r"spatial_scale: expected 1 positive", (torch.rand(1, 1, 2, 2), [], 2, -1.0)),
+        (ValueError, r"spatial_scale: expected a positive finite", (torch.rand(1, 1, 2, 2), [], 2, -1.0)),
+        (TypeError, r"input: expected a Tensor, got \[\]", ([], [], 2)),
+        (TypeError, r"input: expected a dense tensor", (torch.rand(1, 1, 2, 2).to_sparse(), [], 2)),
+        (TypeError, r"boxes: expected a sequence of Tensors", (torch.rand(1, 1, 2, 2), None, 2)),
+        (ValueError, r"boxes: expected on cpu like input", (torch.rand(1, 1, 2, 2), torch.rand(3, 5).to("meta"), 2)),
+        (TypeError, r"output_size: expected an int", (torch.rand(1, 1, 2, 2), [], 2.0)),
+        (ValueError, r"output_size: expected an int in", (torch.rand(1, 1, 2, 2), [], 2**31)),
+        (ValueError, r"output_size: expected fewer than 2\^31", (torch.rand(1, 1, 2, 2), [], 1 << 16)),
+        (TypeError, r"spatial_scale: expected a number", (torch.rand(1, 1, 2, 2), [], 2, None)),
     ],
 )
 def test_bad_arguments_are_named(error, message, arguments):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -43,24 +43,28 @@ def check_same_device(name: str, tensor: Tensor, other_name: str, other: Tensor)
 
 def check_int(name: str, value: Any, *, least: int = -MAX_INT32, most: int = MAX_INT32) -> int:
     """An integer in [least, most], NumPy's included; may be symbolic."""
-    if isinstance(value, bool) or not isinstance(value, Integral | torch.SymInt):
-        raise TypeError(f"{name}: expected an int, got {describe(value)}")
-    number: Any = value if isinstance(value, int | torch.SymInt) else int(value)
-    if not least <= number <= most:
-        limits = f"at least {least}" if most == MAX_INT32 and number < least else f"an int in [{least}, {most}]"
-        raise ValueError(f"{name}: expected {limits}, got {number}")
-    return number
+    if type(value) is not int:  # the common case first: these checks cost microseconds
+        if isinstance(value, bool) or not isinstance(value, Integral | torch.SymInt):
+            raise TypeError(f"{name}: expected an int, got {describe(value)}")
+        value = value if isinstance(value, int | torch.SymInt) else int(value)
+    if not least <= value <= most:
+        limits = f"at least {least}" if most == MAX_INT32 and value < least else f"an int in [{least}, {most}]"
+        raise ValueError(f"{name}: expected {limits}, got {value}")
+    return cast(int, value)
 
 
 def check_float(name: str, value: Any) -> float:
     """A real number, NumPy's included."""
-    if isinstance(value, bool) or not isinstance(value, Real | torch.SymFloat):
+    if type(value) is float:  # the common case first
+        return value
+    if isinstance(value, torch.SymFloat):
+        return cast(float, value)
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected a number, got {describe(value)}")
     try:
-        number: Any = value if isinstance(value, torch.SymFloat) else float(value)
+        return float(value)
     except OverflowError:
-        raise ValueError(f"{name}: expected a number within the range of float64, got {describe(value)}") from None
-    return number
+        raise ValueError(f"{name}: expected a number in the range of float64, got {describe(value)}") from None
 
 
 def check_positive(name: str, value: Any) -> float:
@@ -81,6 +85,8 @@ def check_fraction(name: str, value: Any) -> float:
 
 def check_flag(name: str, value: Any) -> bool:
     """A truth value: bool, or the integer 0 or 1."""
+    if value is True or value is False:
+        return value
     if not isinstance(value, Integral) or value not in (0, 1):
         raise TypeError(f"{name}: expected a bool, got {describe(value)}")
     return bool(value)
@@ -115,8 +121,10 @@ def check_sequence(name: str, value: Any, of: str) -> list[Any]:
 
 def describe(value: object) -> str:
     """A value for an error: a tensor's dtype and shape, anything else as it prints, shortened."""
+    if isinstance(value, Tensor) and value.is_nested:
+        return f"a nested Tensor of {value.dtype}"
     if isinstance(value, Tensor):
-        return "a nested Tensor" if value.is_nested else f"a Tensor of {value.dtype} {list(value.shape)}"
-    text = repr(value)
+        return f"a Tensor of {value.dtype} {list(value.shape)}"
+    text = " ".join(repr(value).split())
     text = text if len(text) <= 60 else f"{text[:57]}..."
     return f"{text} ({type(value).__name__})"

@@ -21,38 +21,32 @@ level has no pixels; a box that is not pooled has zero features and receives no 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastmask.kernels._rois import image_indices
 from fastmask.kernels._runtime import divide, float_of, jit, tl
-from fastmask.kernels.roi_align.levels import LevelRule, area_thresholds, assign_fpn_levels, level_range
+from fastmask.kernels.roi_align.levels import assign_fpn_levels
 
-# What the reference lists at a time: some 100 bytes each.
-SAMPLES = 1 << 21
+if TYPE_CHECKING:
+    from fastmask.kernels.roi_align.op import RoIAlignSpec
+
+# The reference lists at most about this many samples at a time, of about 100 bytes each.
+MAX_SAMPLES = 1 << 21
 # Visited beyond the last sample that can be inside; more than rounding can move one.
 _MARGIN = 2
 
 
-class Settings(NamedTuple):
-    """How RoIAlign samples: the last arguments of its operators, in their order."""
+class Level(NamedTuple):
+    """One level of the pyramid, and how it is pooled."""
 
-    spatial_scales: list[float]
-    sampling_ratio: int
-    aligned: bool
-    canonical_box_size: float
-    canonical_level: int
-    level_rounding: str
-
-    @property
-    def rule(self) -> LevelRule:
-        return LevelRule(self.canonical_box_size, self.canonical_level, self.level_rounding)
-
-    def thresholds(self, dtype: torch.dtype) -> tuple[int, ...]:
-        """See `area_thresholds`."""
-        return area_thresholds(*level_range(self.spatial_scales), self.rule, dtype)
+    num_images: int
+    height: int
+    width: int
+    scale: float
+    spec: RoIAlignSpec
 
 
 class Samples(NamedTuple):
@@ -64,7 +58,7 @@ class Samples(NamedTuple):
     first: Tensor  # [K * PH * PW + 1] the first sample of each bin, and S
 
 
-class _Axis(NamedTuple):
+class _AxisSamples(NamedTuple):
     """The samples along one axis of all boxes, bin by bin; A of them in K * P bins."""
 
     neighbours: Tensor  # [A, 2] low and high
@@ -73,18 +67,18 @@ class _Axis(NamedTuple):
     visited: Tensor  # [K * P] its number of samples
 
 
-def select_boxes(boxes: Tensor, images: int, settings: Settings) -> list[Tensor]:
+def select_boxes(boxes: Tensor, num_images: int, spec: RoIAlignSpec) -> list[Tensor]:
     """The rows of `boxes [K, 5]` that are pooled from each level."""
-    image_indices(boxes, images)  # for its check
+    image_indices(boxes, num_images)  # raises if one is not in the batch
     side = boxes[:, 3:] - boxes[:, 1:3]
-    scales = settings.spatial_scales
-    level = assign_fpn_levels(boxes[:, 1:], scales, settings.rule).where(side.isfinite().all(1), -1)
-    finite = [(boxes[:, 3:] * scale - boxes[:, 1:3] * scale).isfinite().all(1) for scale in scales]
-    return [((level == index) & finite[index]).nonzero()[:, 0] for index in range(len(scales))]
+    level = assign_fpn_levels(boxes[:, 1:], spec.spatial_scales, spec.rule).where(side.isfinite().all(1), -1)
+    finite = [(boxes[:, 3:] * scale - boxes[:, 1:3] * scale).isfinite().all(1) for scale in spec.spatial_scales]
+    return [((level == index) & is_finite).nonzero()[:, 0] for index, is_finite in enumerate(finite)]
 
 
-def _axis(start: Tensor, end: Tensor, bins: int, extent: int, ratio: int, aligned: bool, mean: bool) -> _Axis:
-    size = end - start if aligned else (end - start).clamp(min=1)
+def _sample_along(start: Tensor, end: Tensor, bins: int, extent: int, spec: RoIAlignSpec) -> _AxisSamples:
+    ratio = spec.sampling_ratio
+    size = end - start if spec.aligned else (end - start).clamp(min=1)
     bin = size[:, None] / bins
     grid = torch.full_like(bin, ratio) if ratio > 0 else bin.ceil().clamp(min=0)
     base = start[:, None] + torch.arange(bins, dtype=bin.dtype, device=bin.device) * bin
@@ -106,69 +100,70 @@ def _axis(start: Tensor, end: Tensor, bins: int, extent: int, ratio: int, aligne
     low = position.long()
     fraction = position - low
     weights = torch.stack([1 - fraction, fraction], 1) * inside[:, None]
+    if spec.reduction == "mean":
+        weights = weights / grid[:, None]
     neighbours = torch.stack([low, (low + 1).clamp(max=extent - 1)], 1)
-    return _Axis(neighbours, weights / grid[:, None] if mean else weights, first, visited)
+    return _AxisSamples(neighbours, weights, first, visited)
 
 
-def in_pieces(
-    boxes: Tensor, rows: Tensor, level: tuple[int, int, int], pooled: tuple[int, int], scale: float, settings: Settings
-) -> list[Tensor]:
-    """`rows` of `boxes [K, 5]`, in pieces of some `SAMPLES` samples, so that no crowd of huge boxes fills memory.
+def in_pieces(boxes: Tensor, rows: Tensor, level: Level) -> list[Tensor]:
+    """`rows` of `boxes [K, 5]`, in pieces of about `MAX_SAMPLES` samples, which bounds memory for many huge boxes.
 
-    None of them if there is nothing to sample: no rows, or no pixels.
+    No pieces if there is nothing to sample: no rows, or no pixels.
     """
-    if not len(rows) or not all(level):
+    num_images, height, width, scale, spec = level
+    if not len(rows) or not num_images * height * width:
         return []
-    if settings.sampling_ratio > 0:
-        return list(rows.split(max(1, SAMPLES // (settings.sampling_ratio**2 * pooled[0] * pooled[1]))))
+    if spec.sampling_ratio > 0:
+        per_box = spec.sampling_ratio**2 * spec.pooled_height * spec.pooled_width
+        return list(rows.split(max(1, MAX_SAMPLES // per_box)))
     # A bin of n pixels has up to n + 1 samples along an axis, and at most two for each pixel of the level are visited.
-    bins = boxes.new_tensor([pooled[1], pooled[0]])
-    extent = boxes.new_tensor([level[2], level[1]])
+    bins = boxes.new_tensor([spec.pooled_width, spec.pooled_height])
+    extent = boxes.new_tensor([width, height])
     side = (boxes[rows, 3:] - boxes[rows, 1:3]).abs() * scale
     samples = (side + bins).minimum((2 * extent + 2 * _MARGIN) * bins).prod(1).long()
-    _, sizes = torch.unique_consecutive(samples.cumsum(0) // SAMPLES, return_counts=True)
+    _, sizes = torch.unique_consecutive(samples.cumsum(0) // MAX_SAMPLES, return_counts=True)
     return list(rows.split(sizes.tolist()))
 
 
-def sample_boxes(
-    boxes: Tensor,
-    level: tuple[int, int, int],
-    pooled: tuple[int, int],
-    scale: float,
-    settings: Settings,
-    mean: bool,
-) -> Samples:
+def sample_boxes(boxes: Tensor, level: Level) -> Samples:
     """All samples of `boxes [K, 5]` on a level of N x H x W pixels."""
-    images, height, width = level
-    ratio, aligned = settings.sampling_ratio, settings.aligned
-    x1, y1, x2, y2 = (boxes[:, 1:] * scale - (0.5 if aligned else 0.0)).unbind(1)
-    rows = _axis(y1, y2, pooled[0], height, ratio, aligned, mean)
-    columns = _axis(x1, x2, pooled[1], width, ratio, aligned, mean)
-    device = boxes.device
-    if ratio > 0:  # as many samples everywhere: their numbers need no division
-        shape = (len(boxes), *pooled, ratio, ratio)
-        row = torch.arange(len(boxes) * pooled[0] * ratio, device=device)
-        column = torch.arange(len(boxes) * pooled[1] * ratio, device=device)
-        row = row.view(-1, pooled[0], 1, ratio, 1).expand(shape).flatten()
-        column = column.view(-1, 1, pooled[1], 1, ratio).expand(shape).flatten()
-        bins = shape[0] * shape[1] * shape[2]
-        bin = torch.arange(bins, device=device)[:, None].expand(-1, ratio * ratio).flatten()
-        first = torch.arange(bins + 1, device=device) * ratio**2
-    else:
-        across = columns.visited.view(-1, 1, pooled[1]).expand(-1, pooled[0], -1).flatten()
-        visited = rows.visited.repeat_interleave(pooled[1]) * across
-        first = torch.cat([visited.new_zeros(1), visited.cumsum(0)])
-        bin = torch.repeat_interleave(visited)
-        local, across = torch.arange(len(bin), device=device) - first[bin], across[bin]
-        row = bin // pooled[1]
-        column = row // pooled[0] * pooled[1] + bin % pooled[1]
-        row, column = rows.first[row] + local // across, columns.first[column] + local % across
-    image = boxes[:, :1].long().expand(-1, pooled[0]).flatten().repeat_interleave(rows.visited)
-    narrow = torch.int32 if max(images * height * width, 4 * len(row)) < 2**31 else torch.int64
+    num_images, height, width, scale, spec = level
+    x1, y1, x2, y2 = (boxes[:, 1:] * scale - (0.5 if spec.aligned else 0.0)).unbind(1)
+    rows = _sample_along(y1, y2, spec.pooled_height, height, spec)
+    columns = _sample_along(x1, x2, spec.pooled_width, width, spec)
+    row, column, bin, first = _pair_samples(rows, columns, len(boxes), spec)
+    image = boxes[:, :1].long().expand(-1, spec.pooled_height).flatten().repeat_interleave(rows.visited)
+    narrow = torch.int32 if max(num_images * height * width, 4 * len(row)) < 2**31 else torch.int64
     in_table = ((image[:, None] * height + rows.neighbours) * width).to(narrow)
     pixel = in_table[row][:, :, None] + columns.neighbours.to(narrow)[column][:, None, :]
     weight = rows.weights[row][:, :, None] * columns.weights[column][:, None, :]
     return Samples(pixel.flatten(1), weight.flatten(1), bin, first)
+
+
+def _pair_samples(
+    rows: _AxisSamples, columns: _AxisSamples, num_boxes: int, spec: RoIAlignSpec
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of each sample its sample along both axes and its bin; and the first sample of each bin."""
+    device, ratio = rows.first.device, spec.sampling_ratio
+    pooled = (spec.pooled_height, spec.pooled_width)
+    if ratio > 0:  # the same number of samples in each bin: numbering them needs no division
+        shape = (num_boxes, *pooled, ratio, ratio)
+        row = torch.arange(num_boxes * pooled[0] * ratio, device=device)
+        column = torch.arange(num_boxes * pooled[1] * ratio, device=device)
+        row = row.view(-1, pooled[0], 1, ratio, 1).expand(shape).flatten()
+        column = column.view(-1, 1, pooled[1], 1, ratio).expand(shape).flatten()
+        bins = shape[0] * shape[1] * shape[2]
+        bin = torch.arange(bins, device=device)[:, None].expand(-1, ratio * ratio).flatten()
+        return row, column, bin, torch.arange(bins + 1, device=device) * ratio**2
+    across = columns.visited.view(-1, 1, pooled[1]).expand(-1, pooled[0], -1).flatten()
+    visited = rows.visited.repeat_interleave(pooled[1]) * across
+    first = torch.cat([visited.new_zeros(1), visited.cumsum(0)])
+    bin = torch.repeat_interleave(visited)
+    local, across = torch.arange(len(bin), device=device) - first[bin], across[bin]
+    row = bin // pooled[1]
+    column = row // pooled[0] * pooled[1] + bin % pooled[1]
+    return rows.first[row] + local // across, columns.first[column] + local % across, bin, first
 
 
 @jit()
@@ -180,11 +175,11 @@ def size_of(packed):
 @jit()
 def scaled_box(box, scale, ALIGNED: tl.constexpr):
     """x1, y1, x2, y2 of the boxes `[image, x1, y1, x2, y2]` at `box`, in pixels of a level."""
-    shift: tl.constexpr = 0.5 if ALIGNED else 0.0
-    x1 = tl.load(box + 1) * scale - shift
-    y1 = tl.load(box + 2) * scale - shift
-    x2 = tl.load(box + 3) * scale - shift
-    y2 = tl.load(box + 4) * scale - shift
+    SHIFT: tl.constexpr = 0.5 if ALIGNED else 0.0
+    x1 = tl.load(box + 1) * scale - SHIFT
+    y1 = tl.load(box + 2) * scale - SHIFT
+    x2 = tl.load(box + 3) * scale - SHIFT
+    y2 = tl.load(box + 4) * scale - SHIFT
     return x1, y1, x2, y2
 
 
@@ -211,9 +206,20 @@ def level_of(box, num_images, THRESHOLDS: tl.constexpr, LEVELS: tl.constexpr):
     return tl.where(pooled, image, 0).to(tl.int64), tl.where(pooled, level, 0), pooled
 
 
+class Axis(NamedTuple):
+    """Bins along one axis of boxes, in a kernel."""
+
+    start: Any  # of each bin, in feature pixels
+    bin: Any  # size of a bin
+    grid: Any  # samples of a bin
+    skipped: Any  # samples before the first that is visited
+    visited: Any  # samples that are visited
+    extent: Any  # pixels of the level
+
+
 @jit()
-def sample_axis(start, end, p, extent, BINS: tl.constexpr, RATIO: tl.constexpr, ALIGNED: tl.constexpr):
-    """Of bins p along an axis: start, bin size, grid, and the skipped and visited samples (`_Axis`)."""
+def axis_of(start, end, p, extent, BINS: tl.constexpr, RATIO: tl.constexpr, ALIGNED: tl.constexpr):
+    """The `Axis` of bins `p` of boxes from `start` to `end`."""
     size = end - start
     if not ALIGNED:
         size = tl.maximum(size, 1.0)
@@ -230,22 +236,22 @@ def sample_axis(start, end, p, extent, BINS: tl.constexpr, RATIO: tl.constexpr, 
         skipped = tl.minimum(tl.maximum(tl.floor(divide(-1 - base, safe) - 2), 0.0), grid)
         end_visit = tl.minimum(tl.maximum(tl.ceil(divide(extent - base, safe) + 2), skipped), grid)
         visited = end_visit - skipped
-    return base, bin, grid, skipped, visited
+    return Axis(base, bin, grid, skipped, visited, extent)
 
 
 @jit()
-def position_of(base, bin, grid, sample, extent):
-    """Where a sample falls, clamped to the level's pixel centres, and whether it was inside."""
-    position = base + divide((sample + 0.5) * bin, grid)
-    inside = (position >= -1) & (position <= extent)
-    return tl.minimum(tl.maximum(position, 0.0), (extent - 1).to(base.dtype)), inside
+def position_of(axis, sample):
+    """Position of a visited sample, clamped to the level's pixel centres, and whether it was inside."""
+    position = axis.start + divide((axis.skipped + sample + 0.5) * axis.bin, axis.grid)
+    inside = (position >= -1) & (position <= axis.extent)
+    return tl.minimum(tl.maximum(position, 0.0), (axis.extent - 1).to(axis.start.dtype)), inside
 
 
 @jit()
-def neighbours(base, bin, grid, sample, extent):
-    """Low and high neighbour of a sample along an axis, and their weights (0 outside the level)."""
-    position, inside = position_of(base, bin, grid, sample, extent)
+def neighbours(axis, sample):
+    """Low and high neighbour of a visited sample along an axis, and their weights (0 outside the level)."""
+    position, inside = position_of(axis, sample)
     low = position.to(tl.int32)
     fraction = position - low
-    high = tl.minimum(low + 1, extent - 1)
+    high = tl.minimum(low + 1, axis.extent - 1)
     return low, high, tl.where(inside, 1 - fraction, 0.0), tl.where(inside, fraction, 0.0)

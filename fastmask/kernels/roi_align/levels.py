@@ -2,14 +2,14 @@
 
     level = floor(canonical_level + log2(sqrt(area) / canonical_box_size))
 
-The peers guard the logarithm differently, and so disagree on boxes whose area lies within a few float32
-steps of a boundary. `LevelRule.rounding` names whose boundary holds:
+detectron2 and torchvision guard the logarithm differently, and so disagree on boxes whose area lies within a few
+float32 steps of a boundary. `level_rounding` selects whose boundary holds:
 
     "torchvision"   1e-6 is added outside the logarithm
     "detectron2"    1e-8 is added inside it
 
-Kernels compare areas with thresholds instead: the smallest area that reaches each level, found here by
-bisection through the peer's own chain of float operations, so that both sides of each boundary are theirs.
+Kernels compare areas with thresholds instead: the smallest area that reaches each level. Bisection through the same
+chain of float operations finds them, so that kernels and references agree on both sides of each boundary.
 """
 
 from __future__ import annotations
@@ -27,23 +27,33 @@ ROUNDINGS = ("torchvision", "detectron2")
 
 
 class LevelRule(NamedTuple):
-    """What eq. 1 needs to be told; `boxes` of `canonical_box_size` pixels squared go to `canonical_level`."""
+    """The settings of eq. 1: boxes of `canonical_box_size` pixels squared are pooled from `canonical_level`."""
 
-    canonical_box_size: float = 224.0
-    canonical_level: int = 4
-    rounding: str = "torchvision"
+    canonical_box_size: float
+    canonical_level: int
+    level_rounding: str
 
     def levels_of(self, areas: Tensor) -> Tensor:
         """Unclamped levels, floating; NaN for a negative or NaN area."""
         ratio = areas.sqrt() / self.canonical_box_size
-        if self.rounding == "detectron2":
+        if self.level_rounding == "detectron2":
             return (self.canonical_level + (ratio + 1e-8).log2()).floor()
-        return (self.canonical_level + ratio.log2() + torch.tensor(1e-6, dtype=areas.dtype)).floor()
+        epsilon = torch.tensor(1e-6, dtype=areas.dtype, device=areas.device)
+        return (self.canonical_level + ratio.log2() + epsilon).floor()
 
 
 def level_range(spatial_scales: list[float]) -> tuple[int, int]:
     """The first and last level of the pyramid: a level's scale is `2 ** -level`."""
     return int(-math.log2(spatial_scales[0])), int(-math.log2(spatial_scales[-1]))
+
+
+def check_levels(name: str, spatial_scales: list[float], level_rounding: str) -> None:
+    """The finest level comes first; detectron2 also requires consecutive levels."""
+    first, last = level_range(spatial_scales)
+    if len(spatial_scales) > 1 and last < first:
+        raise ValueError(f"{name}: expected the finest level first, got {spatial_scales}")
+    if level_rounding == "detectron2" and last - first + 1 != len(spatial_scales):
+        raise ValueError(f"{name}: expected consecutive powers of 2, got {spatial_scales}")
 
 
 def assign_fpn_levels(boxes: Tensor, spatial_scales: list[float], rule: LevelRule) -> Tensor:
@@ -62,7 +72,7 @@ def assign_fpn_levels(boxes: Tensor, spatial_scales: list[float], rule: LevelRul
 
 @lru_cache(maxsize=64)
 def area_thresholds(first: int, last: int, rule: LevelRule, dtype: torch.dtype) -> tuple[int, ...]:
-    """The smallest areas, in `dtype`, that `rule` sends to levels first + 1 .. last, as float64 bits."""
+    """The smallest areas, in `dtype`, that `rule` assigns to levels first + 1 .. last, as float64 bits."""
     bits = {torch.float32: torch.int32, torch.float64: torch.int64}[dtype]
     levels = torch.arange(first + 1, last + 1, device="cpu")
     exact = (rule.canonical_box_size * 2.0 ** (levels.double() - rule.canonical_level)).square().to(dtype)

@@ -1,4 +1,4 @@
-"""RoIAlign in plain torch, forward and backward, for CPU tensors: the reference of kernels/roi_align.py.
+"""RoIAlign in plain torch, forward and backward, for CPU tensors.
 
 A level is a table of N * H * W rows of C features. Each bin is a bag of rows, four per sample, and `embedding_bag`
 sums them with their weights; several times faster than a scalar loop per output. The backward is its transpose:
@@ -8,46 +8,39 @@ each pixel is a bag of the bins that sampled it, in their order, so that repeate
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from fastmask.kernels._rois import empty_pooled
 from fastmask.kernels._runtime import compute_dtype
-from fastmask.kernels.roi_align.geometry import Samples, Settings, in_pieces, sample_boxes, select_boxes
+from fastmask.kernels.roi_align.geometry import Level, Samples, in_pieces, sample_boxes, select_boxes
+
+if TYPE_CHECKING:
+    from fastmask.kernels.roi_align.op import PyramidShape, RoIAlignSpec
 
 # Values, or gradients, of single samples that the maximum keeps at a time, elements.
 MAX_VALUES = 1 << 25
 
 
-def roi_align_reference(
-    features: Sequence[Tensor],
-    boxes: Tensor,
-    pooled_height: int,
-    pooled_width: int,
-    maximum: bool,
-    *arguments: Any,
-) -> tuple[Tensor, Tensor]:
+def roi_align_reference(features: Sequence[Tensor], boxes: Tensor, spec: RoIAlignSpec) -> tuple[Tensor, Tensor]:
     """Pooled features, and for the maximum which sample of its bin each is."""
-    images, channels = features[0].shape[:2]
-    dtype, pooled = features[0].dtype, (pooled_height, pooled_width)
-    settings = Settings(*arguments)
-    output, argmax = empty_pooled(features, boxes, pooled_height, pooled_width, maximum)
-    selected = select_boxes(boxes, images, settings)
+    num_images, channels = features[0].shape[:2]
+    dtype, pooled = features[0].dtype, (spec.pooled_height, spec.pooled_width)
+    output, argmax = spec.empty_outputs(features, boxes)
+    selected = select_boxes(boxes, num_images, spec)
     if sum(map(len, selected)) < len(boxes) or not all(feature.numel() for feature in features):
         output.zero_()
         argmax.zero_()
-    for feature, scale, on_level in zip(features, settings.spatial_scales, selected, strict=True):
+    for feature, scale, on_level in zip(features, spec.spatial_scales, selected, strict=True):
         if not len(on_level) or not feature.numel():
             continue
-        table = feature.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
-        level = (images, feature.shape[2], feature.shape[3])
-        table = table.reshape(-1, channels).to(compute_dtype(dtype))
-        for rows in in_pieces(boxes, on_level, level, pooled, scale, settings):
-            samples = sample_boxes(boxes[rows], level, pooled, scale, settings, not maximum)
-            if maximum:
+        level = Level(num_images, feature.shape[2], feature.shape[3], scale, spec)
+        table = _as_rows(feature)
+        for rows in in_pieces(boxes, on_level, level):
+            samples = sample_boxes(boxes[rows], level)
+            if spec.reduction == "max":
                 values, winner = _max_of_samples(table, samples)
                 winner = winner.to(argmax.dtype).view(-1, *pooled, channels).permute(0, 3, 1, 2)
                 argmax.index_copy_(0, rows, winner)
@@ -61,6 +54,12 @@ def roi_align_reference(
                 )
             output.index_copy_(0, rows, values.view(-1, *pooled, channels).permute(0, 3, 1, 2).to(dtype))
     return output, argmax
+
+
+def _as_rows(pixels: Tensor) -> Tensor:
+    """`[N * H * W, C]` in the dtype of sums, from `[N, C, H, W]`."""
+    rows = pixels.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+    return rows.reshape(-1, pixels.shape[1]).to(compute_dtype(pixels.dtype))
 
 
 def _max_of_samples(table: Tensor, samples: Samples) -> tuple[Tensor, Tensor]:
@@ -84,29 +83,20 @@ def _max_of_samples(table: Tensor, samples: Samples) -> tuple[Tensor, Tensor]:
 
 
 def roi_align_backward_reference(
-    grad: Tensor,
-    boxes: Tensor,
-    argmax: Tensor,
-    sizes: list[int],
-    channels_last: bool,
-    maximum: bool,
-    *arguments: Any,
+    grad: Tensor, boxes: Tensor, argmax: Tensor, shape: PyramidShape, channels_last: bool, spec: RoIAlignSpec
 ) -> list[Tensor]:
     """Gradients of the levels."""
-    images, *sides = sizes
-    channels, pooled = grad.shape[1], (grad.shape[2], grad.shape[3])
-    settings = Settings(*arguments)
-    selected = select_boxes(boxes, images, settings)
+    channels, num_images = grad.shape[1], shape.num_images
+    selected = select_boxes(boxes, num_images, spec)
     grads = []
-    for height, width, scale, on_level in zip(sides[::2], sides[1::2], settings.spatial_scales, selected, strict=True):
-        level, pixels = (images, height, width), images * height * width
+    for (height, width), scale, on_level in zip(shape.levels, spec.spatial_scales, selected, strict=True):
+        level, pixels = Level(num_images, height, width, scale, spec), num_images * height * width
         on_level = on_level if channels else on_level[:0]
         total = None
-        for rows in in_pieces(boxes, on_level, level, pooled, scale, settings):
-            samples = sample_boxes(boxes[rows], level, pooled, scale, settings, not maximum)
-            table = grad[rows].contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
-            table = table.reshape(-1, channels).to(compute_dtype(grad.dtype))
-            if maximum:
+        for rows in in_pieces(boxes, on_level, level):
+            samples = sample_boxes(boxes[rows], level)
+            table = _as_rows(grad[rows])
+            if spec.reduction == "max":
                 winner = argmax[rows].permute(0, 2, 3, 1).reshape(-1, channels)
                 part = _scatter_to_winners(table, winner, samples, pixels)
             else:
@@ -114,16 +104,16 @@ def roi_align_backward_reference(
             total = part if total is None else total.add_(part)
         if total is None:
             total = grad.new_zeros(pixels, channels)
-        grads.append(_in_format(total.to(grad.dtype).view(*level, channels), channels_last))
+        grads.append(_in_format(total.to(grad.dtype).view(num_images, height, width, channels), channels_last))
     return grads
 
 
 def _in_format(level: Tensor, channels_last: bool) -> Tensor:
-    """`[N, C, H, W]` in the format asked for, from `[N, H, W, C]`."""
+    """`[N, C, H, W]` in the requested format, from `[N, H, W, C]`."""
     if channels_last:
         return level.permute(0, 3, 1, 2)
-    images, height, width, channels = level.shape
-    contiguous = level.new_empty(images, channels, height, width)
+    num_images, height, width, channels = level.shape
+    contiguous = level.new_empty(num_images, channels, height, width)
     for to, image in zip(contiguous, level, strict=True):  # as matrices, whose transposed copy is blocked
         to.flatten(1).copy_(image.flatten(0, 1).t())
     return contiguous

@@ -1,8 +1,8 @@
-"""Where RoIPool's bins lie: what its reference, its forward and its backward share.
+"""Where RoIPool's bins lie: the geometry that its reference, its forward and its backward share.
 
     x1, y1, x2, y2 = round(box * spatial_scale)            halves away from zero, as C's round does
     width          = max(x2 - x1 + 1, 1)                   both ends are pixels of the RoI
-    columns(pw)    = x1 + floor(pw * width / PW) up to x1 + ceil((pw + 1) * width / PW) - 1
+    columns(q)     = x1 + floor(q * width / PW) up to x1 + ceil((q + 1) * width / PW) - 1
 
 clipped to the feature map, and rows likewise. The operations are torchvision's, in its order.
 """
@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from fastmask.kernels._runtime import divide, float_of, jit, tl
 
 
 def quantise(boxes: Tensor, spatial_scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """First column and row, width and height in pixels of the map, int64 `[K]`, of boxes `[K, 5]`.
+    """First column and row, width and height in pixels of the feature map, int64 `[K]`, of boxes `[K, 5]`.
 
     A box with a coordinate that is not finite has width and height 0; any other has at least 1.
     """
@@ -39,9 +38,9 @@ def bin_spans(start: Tensor, size: Tensor, pooled: int, limit: int, dtype: torch
     return first, end - first
 
 
-def pixel_table(rows: Tensor, before: float) -> Tensor:
-    """`[N * (1 + H * W), C]`: of each image, rows for pixel -1, filled with `before`, and for its pixels."""
-    return pad(rows.flatten(1, 2), (0, 0, 1, 0), value=before).flatten(0, 1)
+def lowest_feature(dtype: torch.dtype) -> float:
+    """Only features above it win. It is float32's lowest for float64 too, as in torchvision."""
+    return max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)
 
 
 @jit()
@@ -61,7 +60,7 @@ def _bin_size(start, end, finite, POOLED: tl.constexpr, COMPUTE: tl.constexpr):
 
 @jit()
 def windows(boxes, k, num_boxes, num_images, scale_bits, PH: tl.constexpr, PW: tl.constexpr, COMPUTE: tl.constexpr):
-    """Image, left, top, bin width and bin height of RoIs k; image -1 and empty bins if it has no place."""
+    """Image, left, top, bin width and bin height of RoIs k; image -1 and empty bins for a RoI that is not pooled."""
     scale = float_of(scale_bits, COMPUTE)
     known = k < num_boxes
     box = boxes + k.to(tl.int64) * 5

@@ -1,0 +1,146 @@
+"""RoIAlign's settings as one type, and its two operators registered with PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastmask.kernels._runtime import Size, empty, is_channels_last, pack_size, register
+from fastmask.kernels.roi_align.backward import launch_roi_align_backward
+from fastmask.kernels.roi_align.forward import launch_roi_align
+from fastmask.kernels.roi_align.levels import LevelRule, area_thresholds, level_range
+from fastmask.kernels.roi_align.reference import roi_align_backward_reference, roi_align_reference
+
+
+class RoIAlignSpec(NamedTuple):
+    """All settings of RoIAlign, as `multiscale_roi_align` documents them."""
+
+    pooled_height: Size
+    pooled_width: Size
+    spatial_scales: list[float]
+    sampling_ratio: int
+    aligned: bool
+    reduction: str
+    canonical_box_size: float = 224.0
+    canonical_level: int = 4
+    level_rounding: str = "torchvision"
+
+    @property
+    def rule(self) -> LevelRule:
+        """The settings that choose a box's level."""
+        return LevelRule(self.canonical_box_size, self.canonical_level, self.level_rounding)
+
+    def thresholds(self, dtype: torch.dtype) -> tuple[int, ...]:
+        """The smallest area of each level after the first, in `dtype`, as float64 bits."""
+        return area_thresholds(*level_range(self.spatial_scales), self.rule, dtype)
+
+    def empty_outputs(self, features: Sequence[Tensor], boxes: Tensor) -> tuple[Tensor, Tensor]:
+        """Memory for the output, in the format of the first level, and for the maximum's argmax."""
+        first = features[0]
+        shape = (boxes.shape[0], first.shape[1], self.pooled_height, self.pooled_width)
+        output = empty(first, shape, is_channels_last(first))
+        argmax_shape = shape if self.reduction == "max" else (0, 0, 0, 0)
+        return output, empty(first, argmax_shape, is_channels_last(first), torch.int32)
+
+
+class PyramidShape(NamedTuple):
+    """The number of images and `(height, width)` of each level, which the backward operator takes as `sizes`."""
+
+    num_images: int
+    levels: list[tuple[int, int]]
+
+    @classmethod
+    def of(cls, features: Sequence[Tensor]) -> PyramidShape:
+        return cls(features[0].shape[0], [(feature.shape[2], feature.shape[3]) for feature in features])
+
+    @classmethod
+    def unpack(cls, sizes: Sequence[int]) -> PyramidShape:
+        num_images, *sides = sizes
+        return cls(num_images, list(zip(sides[::2], sides[1::2], strict=True)))
+
+    def pack(self) -> list[int]:
+        """`[N, H_1, W_1, ..., H_L, W_L]`."""
+        return [self.num_images, *(side for level in self.levels for side in level)]
+
+    def kernel_sizes(self) -> tuple[int, ...]:
+        """Each level's height and width in one integer, as kernels take them."""
+        return tuple(pack_size(*level) for level in self.levels)
+
+    def empty_features(self, grad: Tensor, channels_last: bool) -> list[Tensor]:
+        """Memory for the gradients of the levels, of the output's gradient `grad`."""
+        return [empty(grad, (self.num_images, grad.shape[1], *level), channels_last) for level in self.levels]
+
+
+def _fake_roi_align(features: Sequence[Tensor], boxes: Tensor, spec: RoIAlignSpec) -> tuple[Tensor, Tensor]:
+    return spec.empty_outputs(features, boxes)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    features, boxes, ctx.spec = inputs
+    _, argmax = output
+    ctx.save_for_backward(boxes, argmax)
+    ctx.sizes = PyramidShape.of(features).pack()
+    ctx.channels_last = is_channels_last(features[0])
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[list[Tensor], None]:
+    boxes, argmax = ctx.saved_tensors
+    return _roi_align_backward(grad, boxes, argmax, ctx.sizes, ctx.channels_last, *ctx.spec), None
+
+
+def _with_shape(function: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
+    """Pass the operator's `sizes` on as a `PyramidShape`."""
+
+    def call(
+        grad: Tensor, boxes: Tensor, argmax: Tensor, sizes: list[int], channels_last: bool, spec: RoIAlignSpec
+    ) -> list[Tensor]:
+        return function(grad, boxes, argmax, PyramidShape.unpack(sizes), channels_last, spec)
+
+    return call
+
+
+def _fake_backward(
+    grad: Tensor, boxes: Tensor, argmax: Tensor, shape: PyramidShape, channels_last: bool, spec: RoIAlignSpec
+) -> list[Tensor]:
+    del boxes, argmax, spec
+    return shape.empty_features(grad, channels_last)
+
+
+def _setup_double_backward(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    del output
+    _, boxes, _, _, _, ctx.spec = inputs
+    ctx.save_for_backward(boxes)
+
+
+def _double_backward(ctx: Any, grads: list[Tensor]) -> tuple[Tensor | None, ...]:
+    """The mean is linear in the features: the gradient of its gradient is RoIAlign itself."""
+    if ctx.spec.reduction == "max":
+        raise NotImplementedError('roi_align: reduction="max" has no second derivative, use reduction="mean"')
+    (boxes,) = ctx.saved_tensors
+    output, _ = roi_align_operator(grads, boxes, *ctx.spec)
+    return output, None, None, None, None
+
+
+_roi_align_backward = register(
+    "roi_align_backward(Tensor grad, Tensor boxes, Tensor argmax, SymInt[] sizes, bool channels_last, *spec)"
+    " -> Tensor[]",
+    reference=_with_shape(roi_align_backward_reference),
+    launch=_with_shape(launch_roi_align_backward),
+    fake=_with_shape(_fake_backward),
+    backward=_double_backward,
+    setup_context=_setup_double_backward,
+    spec=RoIAlignSpec,
+)
+
+roi_align_operator = register(
+    "roi_align(Tensor[] features, Tensor boxes, *spec) -> (Tensor, Tensor)",
+    reference=roi_align_reference,
+    launch=launch_roi_align,
+    fake=_fake_roi_align,
+    backward=_backward,
+    setup_context=_setup_context,
+    spec=RoIAlignSpec,
+)
