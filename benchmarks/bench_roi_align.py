@@ -16,6 +16,7 @@ import pytest
 import torch
 import torchvision
 from torch import Tensor
+from torch.testing import assert_close
 
 import fastmask
 from benchmarks.harness.checks import parameters
@@ -261,7 +262,7 @@ def _check_random(draw: Draw, device: str) -> None:
     (feature,) = draw_pyramid([(h, w)], images=n, channels=c)
     expected = torchvision.ops.roi_align(feature, boxes, (ph, pw), scale, ratio, aligned)
     actual = fastmask.roi_align(feature.to(device), boxes.to(device), (ph, pw), scale, ratio, aligned)
-    torch.testing.assert_close(actual.cpu(), expected, rtol=1e-5, atol=1e-5)
+    assert_close(actual.cpu(), expected, rtol=1e-5, atol=1e-5)
 
 
 OPERATOR = Operator(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torchvision
+from torch.testing import assert_close
 
 import fastmask
 from benchmarks.harness.checks import parameters
@@ -78,7 +79,7 @@ def _check_random(draw: Draw, device: str) -> None:
     (feature,) = draw_pyramid([(h, w)], images=n, channels=c)
     expected = torchvision.ops.roi_align(feature, warped_boxes(boxes, scale), (ph, pw), 1.0, ratio)
     actual = fastmask.roi_warp(feature.to(device), boxes.to(device), (ph, pw), scale, ratio)
-    torch.testing.assert_close(actual.cpu(), expected, rtol=1e-5, atol=1e-5)
+    assert_close(actual.cpu(), expected, rtol=1e-5, atol=1e-5)
 
 
 # It launches the kernels of RoIAlign, whose declaration has their compile cases and limits.
