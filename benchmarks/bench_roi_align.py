@@ -260,7 +260,7 @@ def _check_random(draw: Draw, device: str) -> None:
     if aligned and ratio <= 0:  # torchvision raises for inverted boxes, whose number of samples is negative
         boxes = torch.cat([boxes[:, :1], boxes[:, 1:].view(-1, 2, 2).sort(1).values.flatten(1)], 1)
     (feature,) = draw_pyramid([(h, w)], images=n, channels=c)
-    expected = torchvision.ops.roi_align(feature, boxes, (ph, pw), scale, ratio, aligned)
+    expected = torchvision_ops.roi_align(feature, boxes, (ph, pw), scale, ratio, aligned)
     actual = fastmask.roi_align(feature.to(device), boxes.to(device), (ph, pw), scale, ratio, aligned)
     assert_close(actual.cpu(), expected, rtol=1e-5, atol=1e-5)
 

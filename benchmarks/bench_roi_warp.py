@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torchvision
 from torch.testing import assert_close
 
 import fastmask
@@ -77,7 +76,7 @@ def _check_random(draw: Draw, device: str) -> None:
     rows = [[draw.integer(0, n - 1), *(draw.number(-20, 40) for _ in range(4))] for _ in range(k)]
     boxes = torch.tensor(rows, dtype=torch.float32).view(-1, 5)
     (feature,) = draw_pyramid([(h, w)], images=n, channels=c)
-    expected = torchvision.ops.roi_align(feature, warped_boxes(boxes, scale), (ph, pw), 1.0, ratio)
+    expected = torchvision_ops.roi_align(feature, warped_boxes(boxes, scale), (ph, pw), 1.0, ratio)
     actual = fastmask.roi_warp(feature.to(device), boxes.to(device), (ph, pw), scale, ratio)
     assert_close(actual.cpu(), expected, rtol=1e-5, atol=1e-5)
 
