@@ -1,4 +1,4 @@
-"""`python -m benchmarks run | report | compare | compile`"""
+"""The commands `python -m benchmarks run | report | compare | compile`."""
 
 from __future__ import annotations
 
@@ -25,8 +25,10 @@ def configure_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="few small cases: a test that everything runs")
     parser.add_argument("--only", action="append", choices=SECTIONS, help="run this section; may be repeated")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, help="of the CPU; default: 2 on a CPU, all on a GPU")
-    parser.add_argument("--results", type=Path, help="default: benchmarks/results/<device>.json, quick: -quick.json")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: 2 on a CPU, all on a GPU")
+    parser.add_argument(
+        "--results", type=Path, help="default: benchmarks/results/<device>.json, with --quick <device>-quick.json"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -40,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     path = arguments.results or FOLDER / f"{slug(device)}{'-quick' * arguments.quick}.json"
     if path.exists():
         try:
-            load(path)  # sections that do not run are kept
+            load(path)  # sections that do not run now are kept
         except ValueError as error:
             print(error, file=sys.stderr)
             return 2
@@ -65,7 +67,7 @@ def configure_compile(_: argparse.ArgumentParser) -> None:
 
 
 def compile_kernels(_: argparse.Namespace) -> int:
-    """Renew the compile report. Returns 1 if a kernel exceeds a limit, 2 without Triton."""
+    """Rewrite docs/compile_report.md. Returns 1 if a kernel exceeds a limit, 2 without Triton."""
     if importlib.util.find_spec("triton") is None:
         print("compile: expected Triton to be installed", file=sys.stderr)
         return 2

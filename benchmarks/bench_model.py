@@ -1,9 +1,9 @@
 """Whole detectors: from decoded uint8 images on the host to boxes, scores and run-length encoded masks on the host.
 
-The steps from torchvision's model to fastmask's fastest are providers of one case. In float32, convolutions on a GPU
-use TF32, PyTorch's default; that both detectors agree without it is checked first. "bf16" is autocast: weights are
-folded and cast in each call, and in each replay of the graph. Bytes: weights and images, once; FLOPs: the convolutions
-and matrix products of the padded batch.
+The providers of a case are the steps from torchvision's model to fastmask's fastest. In float32, convolutions on a GPU
+use TF32, PyTorch's default; before anything is timed, both detectors have to agree without it. "bf16" is autocast:
+weights are folded and cast in each call, and in each replay of the graph. Bytes: weights and images, once. FLOPs: the
+convolutions and matrix products of the padded batch.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ NO_RLE = "pycocotools is not installed, the masks' pixels are copied to the host
 
 
 def pytest_generate_tests(metafunc):
-    """Batches are for a GPU: on a CPU a batch takes as long as its images one by one, which one case shows."""
+    """Batches are measured on a GPU. On a CPU a batch takes as long as its images one by one; one case shows it."""
     if "batch" not in metafunc.fixturenames:
         return
     cases = [(preset, batch) for preset in PRESETS for batch in (1, 8)]
@@ -76,7 +76,7 @@ def compare_detectors(
     work = work_of(model, images, comparison.main_dtype)
     calls[FASTMASK] = partial(detections.detect, model.to(comparison.device), images)
     calls[BF16] = in_bfloat16(calls[FASTMASK], comparison.device)
-    places |= {FASTMASK: [], BF16: []}  # it has marks of its own; a replayed graph has none
+    places |= {FASTMASK: [], BF16: []}  # fastmask marks its stages itself; a replayed graph has no marks
     if comparison.on_gpu:
         calls[GRAPH] = partial(detections.detect, graphed(model), images, exact=False)
         if "torchvision" in calls:
@@ -117,7 +117,7 @@ def in_bfloat16(call: Implementation, device: str) -> Implementation:
 
 
 def work_of(model: MaskRCNN, images: Sequence[Tensor], dtype: str) -> Work:
-    """Bytes and FLOPs; the latter are counted on fake tensors."""
+    """Bytes and FLOPs; FLOPs are counted on fake tensors."""
     padded, sizes = preprocess.batch(images, model.config.input)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(padded, sizes)

@@ -1,7 +1,7 @@
 """NMS of one list of boxes, of the levels of an RPN, and of the classes of a detector.
 
-Bytes: boxes, scores and classes read, indices written. FLOPs: comparisons that no greedy algorithm avoids. Any two
-boxes of a class that are kept must have been compared, and each box that is dropped with one that drops it.
+Bytes: boxes, scores and classes read, indices written. FLOPs: the comparisons that any greedy algorithm makes. Any two
+boxes of a class that are kept are compared, and each dropped box is compared with a box that suppresses it.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def work(tensors: Sequence[Tensor], kept: Sequence[int], dropped: int) -> Work:
 
     Args:
         tensors: the inputs.
-        kept: how many boxes each list or class keeps.
-        dropped: how many boxes are dropped.
+        kept: the number of boxes kept, of each list or class.
+        dropped: the number of boxes dropped, of all.
     """
     compared = sum(n * (n - 1) // 2 for n in kept) + dropped
     return {"bytes": sum(tensor.nbytes for tensor in tensors) + 8 * sum(kept), "flops": IOU_FLOPS * compared}
@@ -55,7 +55,7 @@ def compare_one_list(
     compiled: bool = False,
     **options: Unpack[CaseOptions],
 ) -> None:
-    """Compare NMS of `[N, 4]` boxes; `compiled`: also with torch.compile of fastmask's reference."""
+    """Compare NMS of `[N, 4]` boxes; if `compiled`, with torch.compile of fastmask's reference as well."""
     dtype = str(boxes.dtype).removeprefix("torch.")
     boxes, scores = boxes.to(comparison.device), scores.to(comparison.device)
 
@@ -74,7 +74,7 @@ def compare_one_list(
     missing = {"torch.compile": "the reference of NMS is for CPUs"} if compiled and comparison.on_gpu else {}
 
     def same(indices: Tensor, expected: Tensor) -> bool:
-        """Equal on a CPU; on a GPU, torchvision's compiler may fuse a multiplication into an addition."""
+        """Equal on a CPU. On a GPU, the compiler of torchvision's kernel may fuse multiplications and additions."""
         return _overlap(indices, expected) >= 0.999 if comparison.on_gpu else torch.equal(indices, expected)
 
     kept = len(fastmask.nms(boxes, scores, 0.7))
@@ -108,7 +108,7 @@ def bench_one_list(comparison, count, dtype, target):
 
 @pytest.mark.parametrize(("count", "images"), parameters([(1000, 1), (2000, 1), (1000, 8)], quick=lambda *_: True))
 def bench_rpn(comparison, count, images):
-    """Proposals of each level separately, as in an RPN: torchvision keeps levels apart by an offset."""
+    """The proposals of each level separately, as in an RPN; torchvision separates levels by an offset."""
     lists = images * LEVELS
     drawn = [candidates(count, seed=seed) for seed in range(lists)]
     boxes, scores = (torch.stack(tensors).to(comparison.device) for tensors in zip(*drawn, strict=True))
@@ -128,7 +128,7 @@ def bench_rpn(comparison, count, images):
         indices, _ = result
         kept = (indices + torch.arange(lists, device=comparison.device)[:, None] * count)[indices >= 0]
         peers_kept = torch.cat([index + image * LEVELS * count for image, index in enumerate(expected)])
-        return _overlap(kept, peers_kept) >= 0.99  # the offset rounds IoUs, which changes the fate of single boxes
+        return _overlap(kept, peers_kept) >= 0.99  # the offset rounds IoUs, so that single boxes differ
 
     kept = fastmask_nms()[1].tolist()
     comparison.run(
@@ -141,7 +141,7 @@ def bench_rpn(comparison, count, images):
 
 
 def bench_classes(comparison):
-    """The best 100 of 1000 proposals in 80 classes, above a score of 0.05."""
+    """The best 100 detections of 1000 proposals in 80 classes, above a score of 0.05."""
     proposals, _ = candidates(1000)
     noise = torch.randn(1000 * CLASSES, 4, generator=generator(2)) * 2
     boxes = (proposals.repeat_interleave(CLASSES, 0) + noise).clamp(min=0).to(comparison.device)
@@ -193,7 +193,7 @@ def bench_boxes(comparison, count):
 
 
 def _calls(device: str, seed: int) -> list[operators.Call]:
-    """Few and many results, of one list and of two padded ones."""
+    """One list; two padded lists, with few and with many results."""
     drawn = [tuple(tensor[:40] for tensor in candidates(300, seed=seed + i)) for i in range(2)]
     boxes, scores = (torch.stack(tensors).to(device) for tensors in zip(*drawn, strict=True))
     classes = torch.randint(0, 3, scores.shape, generator=generator(seed)).to(device)
@@ -210,7 +210,7 @@ def _calls(device: str, seed: int) -> list[operators.Call]:
 
 
 def _compile_case(segments: int, boxes: int, max_output: int, score_threshold: float | None = None) -> operators.Call:
-    """Proposals of several levels, padded, or one list; or detections by class, above a score."""
+    """Padded proposals of several levels, or one list; with a score threshold, detections by class."""
     meta, arguments = operators.meta, {"iou_threshold": 0.5, "max_output": max_output}
     classes = None if score_threshold is None else meta(segments, boxes, dtype=torch.int64)
     counts = meta(segments, dtype=torch.int64) if segments > 1 else None
@@ -219,6 +219,7 @@ def _compile_case(segments: int, boxes: int, max_output: int, score_threshold: f
 
 
 def _check_random(draw: operators.Draw, device: str) -> None:
+    """A random call keeps the boxes of a greedy loop, by either algorithm of the accelerator."""
     batch, n, max_output = draw.integer(1, 3), draw.integer(1, 140), draw.integer(0, 50)
     threshold, single_launch = draw.number(0, 1), draw.choice([False, True])
     g = generator(draw.integer(0, 1000))

@@ -48,7 +48,7 @@ def compare_with_torchvision(
         name: of the case.
         boxes: `[N, 4]`.
         image: (height, width).
-        dtype: of the masks.
+        dtype: the dtype of the masks.
         compiled: also compare with torch.compile of fastmask's reference.
         options: see `CaseOptions`.
     """
@@ -60,7 +60,7 @@ def compare_with_torchvision(
     }
     if compiled:
         providers["torch.compile"] = compiled_reference(masks, boxes, image)
-    _compare(comparison, name, providers, masks, boxes, image, **options)
+    _compare(comparison, name, providers, masks=masks, boxes=boxes, image=image, **options)
 
 
 def compare_aligned(comparison: Comparison, name: str, boxes: Tensor) -> None:
@@ -77,7 +77,7 @@ def compare_aligned(comparison: Comparison, name: str, boxes: Tensor) -> None:
     }
     if mask_ops := peer("detectron2.layers.mask_ops"):
         providers["detectron2"] = lambda: mask_ops.paste_masks_in_image(masks, boxes, IMAGE)
-    _compare(comparison, name, providers, masks, boxes, IMAGE)
+    _compare(comparison, name, providers, masks=masks, boxes=boxes, image=IMAGE)
 
 
 def compiled_reference(masks: Tensor, boxes: Tensor, image: tuple[int, int]) -> Implementation:
@@ -105,6 +105,7 @@ def _compare(
     comparison: Comparison,
     name: str,
     providers: dict[str, Implementation],
+    *,
     masks: Tensor,
     boxes: Tensor,
     image: tuple[int, int],
@@ -112,7 +113,7 @@ def _compare(
 ) -> None:
     height, width = image
     inside = int((boxes[:, 2:] - boxes[:, :2]).prod(1).sum())
-    # A probability next to 0.5 may round either way, in half precision more often.
+    # A probability next to 0.5 may be rounded to either side, more often in half precision.
     allowed = 1e-6 if masks.dtype == torch.float32 else 1e-3
 
     def same(pasted: Tensor, expected: Tensor) -> bool:
@@ -146,7 +147,7 @@ def bench_aligned(comparison):
 
 
 def bench_large_image(comparison):
-    count = 100 if comparison.on_gpu else 10  # torchvision's 100 take 19 GB, and more while they are stacked
+    count = 100 if comparison.on_gpu else 10  # torchvision's 100 masks take 19 GB, and more while they are stacked
     name = f"{count} masks to 4000 x 6000, torchvision's convention"
     compare_with_torchvision(comparison, name, _objects(count, LARGE), LARGE)
 
@@ -188,6 +189,7 @@ def _compile_case(threshold: float | None, convention: str) -> operators.Call:
 
 
 def _check_random(draw: operators.Draw, device: str) -> None:
+    """Random probabilities are those of the convention's oracle."""
     convention = draw.choice(CONVENTIONS)
     n, m, height, width = draw.integer(0, 3), draw.integer(1, 30), draw.integer(1, 30), draw.integer(1, 50)
     masks, boxes = (tensor[:n] for tensor in draw_masks(max(n, 1), m, height, width, draw.integer(0, 10**6)))

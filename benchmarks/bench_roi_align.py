@@ -46,7 +46,7 @@ NAMES = [str(level) for level in range(len(STRIDES))]
 
 @dataclass(frozen=True)
 class Workload:
-    """RoIs of each image, and the bins along an axis that each is pooled to."""
+    """The number of RoIs of each image, and the number of bins along an axis of a RoI."""
 
     images: int
     rois: int
@@ -73,8 +73,8 @@ def compare_on_pyramid(
     name: str,
     direction: Direction,
     inputs: Inputs,
-    bins: int,
     *,
+    bins: int,
     image: tuple[int, int] = IMAGE,
     compiled: bool = False,
     **options: Unpack[CaseOptions],
@@ -83,10 +83,10 @@ def compare_on_pyramid(
 
     Args:
         comparison: the fixture.
-        name: of the case, without the direction.
+        name: the case's name, without the direction.
         direction: what is timed.
         inputs: from `pyramid_inputs`.
-        bins: along an axis of a RoI.
+        bins: the number of bins along an axis of a RoI.
         image: (height, width) of the images.
         compiled: also compare with torch.compile of fastmask's reference, for one image.
         options: see `CaseOptions`.
@@ -105,7 +105,7 @@ def compare_on_pyramid(
         pools["detectron2"] = lambda: pooler(features, wrapped)
     if compiled:
         pools["torch.compile"] = compiled_reference(inputs, bins)
-    _compare(comparison, name, direction, pools, inputs, bins, **options)
+    _compare(comparison, name, direction, pools, inputs, bins=bins, **options)
 
 
 def pyramid_inputs(
@@ -116,13 +116,13 @@ def pyramid_inputs(
     *,
     image: tuple[int, int] = IMAGE,
 ) -> Inputs:
-    """`[K, 4]` boxes of each image on P2 to P5."""
+    """P2 to P5, and `[K, 4]` boxes for each image."""
     features = pyramid(device, DTYPES[dtype], LAYOUTS[layout], images=len(boxes), image=image)
     return Inputs(features, [box.to(device) for box in boxes], STRIDES)
 
 
 def compiled_reference(inputs: Inputs, bins: int) -> Pool:
-    """torch.compile of fastmask's reference, with torchvision's settings, for the boxes of one image."""
+    """torch.compile of fastmask's reference, with torchvision's settings, on the boxes of one image."""
     features, (boxes,) = list(inputs.features), inputs.boxes
     rois = torch.nn.functional.pad(boxes, (1, 0))
     reference = torch.compile(roi_align_reference)
@@ -136,6 +136,7 @@ def _compare(
     direction: Direction,
     pools: dict[str, Pool],
     inputs: Inputs,
+    *,
     bins: int,
     **options: Unpack[CaseOptions],
 ) -> None:
@@ -170,7 +171,7 @@ def bench_pyramid(comparison, workload, dtype, layout, direction):
         f"{workload}, {dtype}, {layout}",
         direction,
         pyramid_inputs(comparison.device, boxes, dtype, layout),
-        shape.bins,
+        bins=shape.bins,
         target=TARGETS.get((direction, workload, dtype, layout)),
         compiled=(direction, workload, dtype, layout) == ("forward", BOXES, comparison.main_dtype, "channels_last"),
     )
@@ -192,14 +193,14 @@ def bench_one_map(comparison, direction):
         pools["detectron2"] = lambda: layer(feature, rois)
     if mmcv := peer(PEERS["mmcv"]):
         pools["mmcv"] = lambda: mmcv.roi_align(feature, rois, bins, scale, SAMPLES, "avg", False)
-    _compare(comparison, f"300 RoIs 14x14 on a C4, {dtype}, channels_last", direction, pools, inputs, bins)
+    _compare(comparison, f"300 RoIs 14x14 on a C4, {dtype}, channels_last", direction, pools, inputs, bins=bins)
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("boxes", parameters(zip(ADVERSARIAL), quick=lambda boxes: boxes == "all of 2 pixels"))
 def bench_adversarial(comparison, boxes, direction):
     inputs = pyramid_inputs(comparison.device, [ADVERSARIAL[boxes](1000)], comparison.main_dtype)
-    compare_on_pyramid(comparison, f"1000 RoIs 7x7, {boxes}", direction, inputs, 7, kind="adversarial")
+    compare_on_pyramid(comparison, f"1000 RoIs 7x7, {boxes}", direction, inputs, bins=7, kind="adversarial")
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -207,7 +208,7 @@ def bench_adversarial(comparison, boxes, direction):
 def bench_rois(comparison, rois, direction):
     inputs = pyramid_inputs(comparison.device, [objects(rois)], comparison.main_dtype)
     options: CaseOptions = {"kind": "scaling", "axis": f"RoIs, {direction}", "at": rois}
-    compare_on_pyramid(comparison, f"{rois:,} RoIs 7x7", direction, inputs, 7, **options)
+    compare_on_pyramid(comparison, f"{rois:,} RoIs 7x7", direction, inputs, bins=7, **options)
 
 
 @pytest.mark.parametrize("scale", [1, 2, 4, 8])
@@ -216,7 +217,8 @@ def bench_image_size(comparison, scale):
     boxes = objects(1000, image=image)
     inputs = pyramid_inputs(comparison.device, [boxes], comparison.main_dtype, image=image)
     options: CaseOptions = {"kind": "scaling", "axis": "image, megapixels", "at": height * width / 1e6}
-    compare_on_pyramid(comparison, f"1000 RoIs 7x7 on {height} x {width}", "forward", inputs, 7, image=image, **options)
+    name = f"1000 RoIs 7x7 on {height} x {width}"
+    compare_on_pyramid(comparison, name, "forward", inputs, bins=7, image=image, **options)
 
 
 def _calls(device: str, seed: int) -> list[Call]:
@@ -233,7 +235,7 @@ def _calls(device: str, seed: int) -> list[Call]:
 
 
 def _compile_case(dtype: str, sampling: str, images: int, boxes: int, bins: int) -> Call:
-    """Box or mask pooling over P2-P5 of an 800 x 1344 image, with a peer's defaults; of two images with gradients."""
+    """Box or mask pooling over P2-P5 of 800 x 1344 images, with a peer's defaults; two images also have gradients."""
     features = [
         meta(images, 256, 800 // stride, 1344 // stride, dtype=DTYPES[dtype], channels_last=True) for stride in STRIDES
     ]
@@ -251,7 +253,7 @@ def _compile_case(dtype: str, sampling: str, images: int, boxes: int, bins: int)
 
 
 def _check_random(draw: Draw, device: str) -> None:
-    """A random call is torchvision's."""
+    """A random call agrees with torchvision."""
     ranges = ((1, 2), (1, 20), (1, 9), (1, 9), (0, 3), (1, 3), (1, 3), (-1, 3))
     n, c, h, w, k, ph, pw, ratio = (draw.integer(low, high) for low, high in ranges)
     aligned, scale = draw.choice([False, True]), draw.choice([1.0, 0.5, 0.3])

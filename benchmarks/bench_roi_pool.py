@@ -46,12 +46,12 @@ def compare_on_map(
     layout: str = "channels_last",
     **options: Unpack[CaseOptions],
 ) -> None:
-    """Compare `[K, 4]` boxes on the feature map of a C4; by default in the main dtype of the device."""
+    """Compare pooling of `[K, 4]` boxes from the feature map of a C4; by default in the device's main dtype."""
     inputs = c4_inputs(comparison.device, boxes, dtype or comparison.main_dtype, layout)
     (feature,), (boxes,) = inputs.features, inputs.boxes
     rois = torch.nn.functional.pad(boxes, (1, 0))
 
-    def torchvision_pool() -> Tensor:  # what autocast would do: on a CPU it does not know the operator
+    def torchvision_pool() -> Tensor:  # as under autocast, which does not know the operator on a CPU
         return torchvision_ops.roi_pool(feature.float(), rois, BINS, SCALE).to(feature.dtype)
 
     pools: dict[str, Pool] = {
@@ -118,7 +118,7 @@ def _compile_case(dtype: str) -> Call:
 
 
 def _check_random(draw: Draw, device: str) -> None:
-    """A random call and its gradient are torchvision's, bit for bit."""
+    """A random call and its gradient equal torchvision's, bit for bit."""
     shape = [draw.integer(1, most) for most in (2, 5, 9, 9)]
     count, size = draw.integer(0, 4), (draw.integer(1, 4), draw.integer(1, 4))
     scale, seed = draw.number(0.05, 4), draw.integer(0, 1 << 30)

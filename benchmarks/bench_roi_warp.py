@@ -39,7 +39,7 @@ SAMPLES = 2
     ),
 )
 def bench_c4(comparison, dtype, direction):
-    """torchvision has no RoIWarp, but its RoIAlign of boxes on whole pixels is one: the far edges belong to the box."""
+    """torchvision has no RoIWarp; its RoIAlign of boxes rounded to whole pixels, far edges included, is the same."""
     inputs = c4_inputs(comparison.device, objects(ROIS), dtype)
     (feature,), (boxes,) = inputs.features, inputs.boxes
     rois = torch.nn.functional.pad(boxes, (1, 0))
@@ -69,7 +69,7 @@ def _calls(device: str, seed: int) -> list[Call]:
 
 
 def _check_random(draw: Draw, device: str) -> None:
-    """A random call is torchvision's RoIAlign of rounded boxes."""
+    """A random call agrees with torchvision's RoIAlign of rounded boxes."""
     ranges = ((1, 2), (1, 20), (1, 9), (1, 9), (0, 3), (1, 3), (1, 3), (-1, 3))
     n, c, h, w, k, ph, pw, ratio = (draw.integer(low, high) for low, high in ranges)
     scale = draw.choice([1.0, 0.5, 0.25])  # exact, so that the oracle rounds the same products
@@ -81,5 +81,5 @@ def _check_random(draw: Draw, device: str) -> None:
     assert_close(actual.cpu(), expected, rtol=1e-5, atol=1e-5)
 
 
-# It launches the kernels of RoIAlign, whose declaration has their compile cases and limits.
+# RoIWarp launches the kernels of RoIAlign, whose declaration has their compile cases and limits.
 OPERATOR = Operator(calls=_calls, compile_cases={}, limits={}, check_random=_check_random)

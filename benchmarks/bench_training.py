@@ -1,8 +1,8 @@
 """A training step: forward to the losses, backward, and an update by SGD.
 
-On a GPU both run under autocast in bfloat16, and torchvision's in float32 as well. As published models are trained,
-batch norms, the stem and res2 are frozen; in the small case everything is trained. Each detector draws its own samples,
-so losses agree to a tenth. torchvision takes float images, and resizes images and masks within the step.
+On a GPU both detectors run under autocast in bfloat16, and torchvision's in float32 as well. Batch norms, the stem and
+res2 are frozen, as in published models; the small case trains everything. Each detector draws its own samples, so
+losses agree to a tenth only. torchvision takes float images, and resizes images and masks within the step.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ def compare_steps(
 
     Args:
         comparison: the fixture.
-        name: of the case.
+        name: the case's name.
         peer: torchvision's detector.
-        images: uint8 `[3, H, W]` each, all of one size.
+        images: uint8 `[3, H, W]`, all of one size.
         options: see `CaseOptions`.
     """
     model = detectors.fastmask_detector(peer).to(comparison.device).train()
@@ -115,7 +115,7 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def target(size: Sequence[int], classes: int, seed: int) -> Target:
-    """Ground truth with objects of COCO's sizes in an image of (height, width)."""
+    """Random ground truth with objects of COCO's sizes, for an image of `size`, (height, width)."""
     boxes = objects(OBJECTS, seed=seed) * torch.tensor([size[1] / IMAGE[1], size[0] / IMAGE[0]]).repeat(2)
     masks = torch.zeros(OBJECTS, *size, dtype=torch.uint8)
     for mask, (x1, y1, x2, y2) in zip(masks, boxes.round().int().tolist(), strict=True):

@@ -14,9 +14,9 @@ from benchmarks.reporting.results import Case, Section
 def pytest_addoption(parser):
     group = parser.getgroup("fastmask", "fastmask's benchmarks")
     group.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    group.addoption("--threads", type=int, help="of the CPU; default: as many as PyTorch likes")
+    group.addoption("--threads", type=int, help="CPU threads; default: PyTorch's")
     group.addoption("--quick", action="store_true", help="few small cases, few rounds: a test that everything runs")
-    group.addoption("--results", type=Path, help="JSON file in which the sections that run are replaced")
+    group.addoption("--results", type=Path, help="JSON file; the sections that run are replaced in it")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -38,7 +38,7 @@ def record(request, machine):
     """Adds a case to this section and writes the file, so that an interrupted run keeps what it has measured."""
     option = request.config.option
     name = request.module.__name__.rpartition("bench_")[2]
-    section = Section(machine.run(quick=option.quick), [])
+    section = Section(machine.describe(quick=option.quick), [])
 
     def add(case: Case) -> None:
         assert case.name not in [other.name for other in section.cases]  # `compare` finds cases by their names

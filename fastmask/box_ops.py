@@ -117,7 +117,13 @@ def clip(boxes: Tensor, image_size: tuple[int, int] | Tensor) -> Tensor:
 
 @overridable
 def area(boxes: Tensor) -> Tensor:
-    """Areas `[...]` of boxes `[..., 4]`, in square pixels, as `torchvision.ops.box_area`.
+    """The area of each box, as `torchvision.ops.box_area`.
+
+    Args:
+        boxes: `[..., 4]`.
+
+    Returns:
+        `[...]`, in square pixels.
 
     Raises:
         ValueError: `boxes` has another shape.

@@ -1,4 +1,4 @@
-"""What all operator tests share: the devices, and uninitialised memory that is poisoned."""
+"""Fixtures of the operator tests: the devices, and poisoned uninitialised memory."""
 
 import pytest
 import torch
@@ -22,9 +22,9 @@ def device(request):
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(request):
-    """Fill what `torch.empty` returns with NaN (integers: their largest), so an unwritten element shows.
+    """Fill what `torch.empty` returns with NaN, or the largest integer, so that an unwritten element shows.
 
-    PyTorch does so where deterministic algorithms are asked for, and then warns of operators that have none.
+    PyTorch does this when deterministic algorithms are enabled. It then also warns of operators without one.
     """
     if request.node.get_closest_marker("unpoisoned"):
         yield

@@ -1,4 +1,4 @@
-"""Random wrong arguments: every public function accepts them, or raises an error that names the argument."""
+"""Random wrong arguments: every public function either accepts them or raises an error that names the argument."""
 
 import random
 import re
@@ -16,13 +16,13 @@ CALLS = 32 if INTERPRETED else 640  # of each operator, in random order
 
 
 def values(seed):
-    """What users pass by mistake, made anew so that no call sees what another has changed."""
+    """Values that users pass by mistake; made anew for each call, since a call may change them."""
     g = torch.Generator().manual_seed(seed)
     shapes = [(), (0,), (5,), (0, 4), (0, 5), (3, 4), (3, 5), (2, 3, 4), (1, 3, 8, 8), (2, 2, 2, 2, 2)]
     box = torch.rand(3, 4, generator=g)
     return [
         *(None, True, False, "boxes", b"boxes", {}, object(), int, 1 + 2j),
-        *(-1, 0, 1, 2, 7, 2**31 - 1, 2**31, 2**63, 2**70),
+        *(-1, 0, 1, 2, 7, 2**31, 2**63, 2**70),  # none that is a valid but enormous size of a result
         *(0.0, -1.0, 0.5, 2.0, 2.5, 1e300, float("nan"), float("inf"), -float("inf")),
         *([], (), [1], (2, 3), (1, 2, 3), [2.5, 1.0], [None, None], ["a"], (0, -1), (2**31, 2**31), [[1, 2], [3, 4]]),
         *(np.float32(0.5), np.int64(2), np.zeros((3, 4), np.float32), [np.zeros(3)]),
@@ -43,7 +43,7 @@ def random_call(call, rng):
 
 
 def fault(call):
-    """The error of a call if it is not one that names an argument, otherwise None."""
+    """The error that a call raises without naming an argument; None where there is no such error."""
     try:
         call.run()
     except (TypeError, ValueError) as error:
@@ -57,12 +57,12 @@ def fault(call):
 
 def check(calls, count, seed):
     rng = random.Random(seed)
-    found = {}
+    faults = {}
     for _ in range(count):
         call = random_call(rng.choice(calls), rng)
         if error := fault(call):
-            found[f"{call.function.__name__}({call.arguments})"] = repr(error)
-    assert not found, "\n".join(f"{call}\n    {error}" for call, error in list(found.items())[:10])
+            faults[f"{call.function.__name__}({call.arguments})"] = repr(error)
+    assert not faults, "\n".join(f"{call}\n    {error}" for call, error in list(faults.items())[:10])
 
 
 @pytest.mark.parametrize("name", operators())

@@ -1,4 +1,4 @@
-"""Box algebra against torchvision's."""
+"""Box algebra against torchvision."""
 
 import pytest
 import torch
@@ -112,7 +112,7 @@ def test_integer_boxes_have_torchvisions_areas_and_ious(dtype):
 
 
 @pytest.mark.parametrize("dtype", INTEGERS)
-def test_integer_boxes_are_those_of_float32(dtype):
+def test_integer_boxes_give_the_results_of_float32_boxes(dtype):
     sides = torch.tensor([[0, 0, 20, 9]]), torch.tensor([[0, 0, 7, 30]])
     boxes, others = ((draw(7, 8)[:, [0, 1, 0, 1]].abs() + side).to(dtype) for side in sides)
     assert torch.equal(box_ops.area(boxes).float(), box_ops.area(boxes.float()))

@@ -1,4 +1,4 @@
-"""The compile gate: no GPU, every kernel variant of the declared workloads, every architecture."""
+"""Every kernel variant of the declared workloads compiles for every architecture, within its limits, without a GPU."""
 
 from dataclasses import replace
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.reference_only
 
 
 def declared(cases, limits=None):
-    """A declaration of compile cases, functions that launch kernels, and limits alone."""
+    """A declaration with nothing but limits and compile cases, by name: functions that launch kernels."""
     calls = {name: lambda launch=launch: Call(launch, {}) for name, launch in cases.items()}
     return {"operator": Operator(lambda _, __: [], calls, limits or {}, lambda _, __: None)}
 
@@ -48,7 +48,7 @@ def test_triton_and_the_operators_are_left_as_they_were():
 
 @jit()
 def _offending_kernel(source, sums, size, BLOCK: tl.constexpr):
-    """Strided loads that must all be live at once, more than there are registers; and an atomic sum."""
+    """More strided loads that are live at once than there are registers, and an atomic sum."""
     index = tl.arange(0, BLOCK)
     values = tl.load(source + index * size)
     for i in range(size):
@@ -56,9 +56,9 @@ def _offending_kernel(source, sums, size, BLOCK: tl.constexpr):
     tl.atomic_add(sums + index, values, sem="relaxed")
 
 
-# As many values a thread as it can have registers.
+# A thread holds as many values as it can have registers.
 @pytest.mark.parametrize(("architecture", "block"), [("sm_90", 256 * 32), ("gfx942", 512 * 64)])
-def test_offences_are_measured(architecture, block):
+def test_spills_stack_and_atomics_are_measured(architecture, block):
     def launch():
         source = torch.empty(1 << 20, device="meta")
         _offending_kernel[(1,)](source, source, 35, BLOCK=block, num_warps=1)
@@ -119,6 +119,10 @@ CLEAN = Row(
     [
         ({"registers": 65}, ["kernel (case) on sm_90: 65 registers, budget 64"]),
         ({"registers": 65, "limit": Limit(96)}, []),
+        (
+            {"registers": 97, "limit": Limit(96), "architecture": "gfx942"},
+            ["kernel (case) on gfx942: 97 registers, budget 96"],
+        ),
         ({"spills": 3}, ["kernel (case) on sm_90: 3 spills, 0 bytes of stack"]),
         ({"stack": 8}, ["kernel (case) on sm_90: 0 spills, 8 bytes of stack"]),
         ({"atomics": 2}, ["kernel (case) on sm_90: 2 atomics, whose order is not deterministic"]),

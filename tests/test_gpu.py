@@ -1,4 +1,4 @@
-"""What only a GPU can show: no host-device synchronisation, CUDA graphs, more than 2^31 elements."""
+"""Properties that only a GPU shows: no host-device synchronisation, CUDA graphs, more than 2^31 elements."""
 
 from dataclasses import replace
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), re
 
 
 def capture(run):
-    """A CUDA graph of `run`, and the tensors that a replay leaves its results in."""
+    """A CUDA graph of `run`, and the tensors that a replay writes its results to."""
     with torch.cuda.stream(torch.cuda.Stream()):
         run()
     torch.cuda.synchronize()
@@ -36,12 +36,14 @@ def assert_does_not_synchronise(run):
 
 
 def fixed_calls(name, seed):
-    """The calls of an operator whose results have fixed shapes."""
-    return [call for call in operators()[name].calls("cuda", seed) if not call.dynamic]
+    """The calls of an operator whose results have fixed shapes; there is at least one."""
+    calls = [call for call in operators()[name].calls("cuda", seed) if not call.dynamic]
+    assert calls
+    return calls
 
 
 @pytest.mark.parametrize("name", operators())
-def test_an_operator_replays_in_a_cuda_graph(name):
+def test_operators_replay_in_a_cuda_graph(name):
     for call, other in zip(fixed_calls(name, 1), fixed_calls(name, 2), strict=True):
         graph, captured = capture(call.run)
         for tensor, values in zip(call.tensors(), other.tensors(), strict=True):
@@ -52,7 +54,7 @@ def test_an_operator_replays_in_a_cuda_graph(name):
 
 
 @pytest.mark.parametrize("name", operators())
-def test_an_operator_does_not_synchronise(name):
+def test_operators_do_not_synchronise(name):
     for call in fixed_calls(name, 1):
         assert_does_not_synchronise(call.run)
 

@@ -1,4 +1,4 @@
-"""The modules take torchvision's arguments and call the operators with them."""
+"""The modules take torchvision's arguments and call the operators."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ BOXES = draw_boxes(4, 2, 60, seed=11)
 
 
 @pytest.mark.parametrize("name", ["RoIAlign", "RoIPool"])
-def test_single_level_modules_are_torchvisions(name, device):
+def test_single_level_modules_match_torchvision(name, device):
     (feature,) = draw_pyramid([(9, 11)])
     arguments = (2, 0.25, 2) if name == "RoIAlign" else (2, 0.25)
     expected = getattr(torchvision.ops, name)(*arguments)(feature, BOXES)
@@ -28,7 +28,7 @@ def test_roi_warp_module(device):
     assert "reduction='max'" in repr(module)
 
 
-def test_multiscale_module_is_torchvisions_and_follows_the_image_size(device):
+def test_multiscale_module_matches_torchvision_and_follows_the_image_size(device):
     arguments = (["0", "1", "pool"], (2, 3), 2)
     options = {"canonical_scale": 56, "canonical_level": 3}
     peer = torchvision.ops.MultiScaleRoIAlign(*arguments, **options)
@@ -43,7 +43,7 @@ def test_multiscale_module_is_torchvisions_and_follows_the_image_size(device):
 
     shapes = [(128, 150), (120, 160)]
     torch.testing.assert_close(pooled(levels, shapes), peer(levels, boxes, shapes), rtol=2e-6, atol=2e-6)
-    # Images half as large: torchvision would go on with the scales of the first.
+    # For images half as large, torchvision's pooler would keep the scales of its first call.
     half = [(64, 75), (60, 80)]
     fresh = torchvision.ops.MultiScaleRoIAlign(*arguments, **options)
     torch.testing.assert_close(pooled(levels, half), fresh(levels, boxes, half), rtol=2e-6, atol=2e-6)

@@ -1,4 +1,4 @@
-"""The package: what it exports, that every operator has its files, and that all works where Triton is missing."""
+"""The package: its exports and docstrings, the files of every operator, default devices, a machine without Triton."""
 
 import inspect
 import subprocess
@@ -39,13 +39,13 @@ def test_the_references_need_no_triton(tmp_path):
     calls = [call for operator in operators().values() for call in operator.calls("cpu", 0)]
     results = torch.load(path)
     assert len(results) == len(calls) > 0
-    for call, got in zip(calls, results, strict=True):
+    for call, actual in zip(calls, results, strict=True):
         expected = call.run()
         assert len(expected) > 0
-        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True)), call.function
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True)), call.function
 
 
-def test_exports_are_sorted_and_there():
+def test_exports_are_sorted_and_exist():
     assert fastmask.__all__ == sorted(fastmask.__all__)
     assert all(hasattr(fastmask, name) for name in fastmask.__all__)
     assert fastmask.__version__
@@ -55,26 +55,46 @@ def public_functions():
     return {function for name in fastmask.__all__ if inspect.isfunction(function := getattr(fastmask, name))}
 
 
-def faults(name, declared, root=ROOT):
-    """What an operator lacks: its name is the address of its kernel, test, benchmark and documentation."""
+def lacking(name, declared, root=ROOT):
+    """What an operator lacks of its kernel, test, benchmark, documentation and exports, all named after it."""
     kernels = root / "fastmask" / "kernels"
-    wanted = {
+    present = {
         f"fastmask/kernels/{name}": (kernels / f"{name}.py").exists() or (kernels / name / "__init__.py").exists(),
         f"tests/test_{name}.py": (root / "tests" / f"test_{name}.py").exists(),
         f"benchmarks/bench_{name}.py": name in declared,
         f"a section of docs/operators.md, ## {name}": f"\n## {name}\n" in (root / "docs" / "operators.md").read_text(),
     }
-    missing = [what for what, there in wanted.items() if not there]
+    missing = [what for what, there in present.items() if not there]
     functions = {call.function for call in declared[name].calls("cpu", 0)} if name in declared else set()
     missing += [f"an export of {function.__name__}" for function in functions - public_functions()]
-    strange = [function for function in functions if function.__module__ != f"fastmask.kernels.{name}"]
-    return missing + [f"{function.__name__} in fastmask.kernels.{name}" for function in strange]
+    elsewhere = [function for function in functions if function.__module__ != f"fastmask.kernels.{name}"]
+    return missing + [f"{function.__name__} in fastmask.kernels.{name}" for function in elsewhere]
 
 
 def test_every_operator_has_its_files():
     declared = operators()
     files = {path.stem for path in (ROOT / "fastmask" / "kernels").iterdir() if not path.name.startswith("_")}
-    assert {name: missing for name in files | declared.keys() if (missing := faults(name, declared))} == {}
+    assert {name: missing for name in files | declared.keys() if (missing := lacking(name, declared))} == {}
+
+
+def test_what_an_operator_lacks_is_named(tmp_path, monkeypatch):
+    declared = operators()
+    name = next(iter(declared))
+    content = {f"fastmask/kernels/{name}.py": "", f"tests/test_{name}.py": "", "docs/operators.md": f"\n## {name}\n"}
+    for path, text in content.items():
+        (tmp_path / path).parent.mkdir(parents=True)
+        (tmp_path / path).write_text(text)
+    assert lacking(name, declared, tmp_path) == []
+    for path, message in zip(content, (f"fastmask/kernels/{name}", f"tests/test_{name}.py"), strict=False):
+        (tmp_path / path).unlink()
+        assert lacking(name, declared, tmp_path) == [message]
+        (tmp_path / path).touch()
+    (tmp_path / "docs/operators.md").write_text("")
+    assert lacking(name, declared, tmp_path) == [f"a section of docs/operators.md, ## {name}"]
+    assert lacking(name, {}) == [f"benchmarks/bench_{name}.py"]
+    functions = {call.function.__name__ for call in declared[name].calls("cpu", 0)}
+    monkeypatch.setattr(fastmask, "__all__", [])
+    assert set(lacking(name, declared)) == {f"an export of {function}" for function in functions}
 
 
 def test_every_public_function_is_declared():
@@ -108,5 +128,5 @@ def test_a_default_device_changes_nothing(name, device):
     for plain, elsewhere in zip(*calls, strict=True):
         expected = plain.run()
         with torch.device("meta"):
-            got = elsewhere.run()
-        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True)), plain.function
+            actual = elsewhere.run()
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True)), plain.function

@@ -1,4 +1,4 @@
-"""paste_masks: against float64 grid_sample, torchvision, a naive oracle, hand cases; bad arguments."""
+"""paste_masks against torchvision, float64 oracles and hand-computed values; wrong arguments."""
 
 import math
 
@@ -19,7 +19,7 @@ both = pytest.mark.parametrize("convention", CONVENTIONS)
 
 
 def assert_pasted(pasted, exact, threshold=0.5, margin=1e-5):
-    clear = (exact - threshold).abs() > margin  # a sample this close to the threshold may fall on either side
+    clear = (exact - threshold).abs() > margin  # a sample this close to the threshold may be on either side
     assert pasted.dtype == torch.bool
     assert torch.equal(pasted.cpu()[clear], (exact >= threshold)[clear])
     assert not exact.numel() or clear.double().mean() > 0.99
@@ -53,7 +53,7 @@ def test_dtypes(device, convention, dtype):
 def test_matches_torchvision(device, dtype):
     masks, boxes = draw_masks(4, 28, 20, 70, seed=1)
     masks = masks.to(device, dtype)
-    # In bfloat16 torchvision's own interpolation takes half of the budget.
+    # In bfloat16, the rounding of torchvision's interpolation would take half of the budget.
     expected = paste_masks_in_image(masks.cpu().to(compute_dtype(dtype))[:, None], boxes, (20, 70))[:, 0]
     actual = paste_masks(masks, boxes.to(device), (20, 70), None, convention="torchvision")
     assert actual.dtype == dtype
@@ -61,7 +61,7 @@ def test_matches_torchvision(device, dtype):
 
 
 def test_expansion_truncates_as_torchvision_does(device):
-    # Corners whose expanded coordinates lie within a rounding of a whole number, and one in (-1, 0).
+    # Corners whose expanded coordinates round to a whole number or just miss it, and one in (-1, 0).
     m = 14
     centre, half = torch.arange(6.0)[:, None] + 7.5, torch.arange(1.0, 7)[:, None] * m / (m + 2)
     boxes = torch.cat([centre - half, centre - half, centre + half, centre + half], 1)
@@ -154,8 +154,8 @@ def test_zero_area(device):
 
 
 @both
-def test_slivers(device, convention):
-    """Boxes so thin that the map's scale overflows, beside pixel centres and on one."""
+def test_boxes_narrower_than_a_pixel(device, convention):
+    """Boxes so narrow that the scale from pixels to the mask overflows, next to pixel centres and on one."""
     boxes = torch.tensor([[0.0, 0, 1e-40, 9], [0, 0, 9, 1e-38], [2.5, 2.5, 2.5000002, 9]], device=device)
     out = paste_masks(torch.ones(3, 14, 14, device=device), boxes, (9, 11), None, convention=convention)
     assert ((out >= 0) & (out <= 1)).all()
@@ -168,7 +168,7 @@ def test_threshold_is_at_least(device, convention):
     for threshold in (0.0, 0.25, 0.5, 1.0, probabilities.median().item()):
         pasted = paste_masks(masks, boxes, (11, 23), threshold, convention=convention)
         assert torch.equal(pasted, probabilities >= threshold)
-    assert paste_masks(masks, boxes, (11, 23), 0.0, convention=convention).all()  # reached or not
+    assert paste_masks(masks, boxes, (11, 23), 0.0, convention=convention).all()  # also pixels outside the box
     assert (probabilities == 0).any()
 
 
@@ -203,7 +203,7 @@ def test_bitwise_repeatable(device, convention):
 
 @both
 def test_any_number_of_masks(device, convention):
-    """On a GPU more elements than 32 bits count; the mask in which they run out, and the last, stay right."""
+    """On a GPU, more than 2^31 elements: the mask that contains element 2^31, and the last one, are right."""
     n, image = (2200, (1000, 1000)) if device == "cuda" else (5, (9, 13))
     masks, boxes = (t.to(device) for t in draw_masks(n, 7, *image))
     out = paste_masks(masks, boxes, image, convention=convention)
@@ -310,7 +310,7 @@ def test_bad_arguments_are_named(error, message, arguments, options):
 
 
 @pytest.mark.reference_only
-def test_many_masks_are_pasted_like_few():
+def test_many_masks_give_the_results_of_single_masks():
     masks, boxes = draw_masks(150, 6, 20, 30)
     together = paste_masks(masks, boxes, (20, 30), None)
     assert torch.equal(

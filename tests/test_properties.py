@@ -1,4 +1,4 @@
-"""Random cases of every operator against its oracle or torchvision, shrunk by Hypothesis. Skipped without it."""
+"""Random cases of every operator against an oracle or torchvision, by Hypothesis; skipped where it is missing."""
 
 import pytest
 
@@ -12,7 +12,7 @@ st = hypothesis.strategies
 # Lanes outside a tile hold boxes without area; the interpreter divides in NumPy, which warns of 0 / 0.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 
-# The interpreter takes about 40 ms for each program of a kernel: fewer examples, and none to find a smaller one.
+# The interpreter takes about 40 ms for each program of a kernel: fewer examples, and no shrinking.
 hypothesis.settings.register_profile(
     "reference",
     max_examples=40,
@@ -23,14 +23,14 @@ hypothesis.settings.register_profile(
 hypothesis.settings.register_profile(
     "interpreted",
     hypothesis.settings.get_profile("reference"),
-    max_examples=6,
+    max_examples=12,
     phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],
 )
 hypothesis.settings.load_profile("interpreted" if INTERPRETED else "reference")
 
 
 class HypothesisDraw:
-    """`benchmarks.harness.operators.Draw` by Hypothesis."""
+    """The protocol `benchmarks.harness.operators.Draw`, by Hypothesis."""
 
     def __init__(self, data):
         self.data = data

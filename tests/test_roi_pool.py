@@ -1,4 +1,4 @@
-"""roi_pool against torchvision, bit for bit, and integer arithmetic; layouts, gradients, degenerate boxes."""
+"""roi_pool against torchvision, bit for bit, and integer arithmetic; layouts, gradients, degenerate boxes, tracing."""
 
 import pytest
 import torch
@@ -30,14 +30,14 @@ def test_hand_table(device):
     ("shape", "size", "scale"),
     [((2, 3, 9, 7), (3, 2), 1.0), ((1, 17, 6, 5), (2, 4), 0.37), ((1, 1, 1, 1), (1, 1), 2.0)],
 )
-def test_is_torchvisions_bit_for_bit(device, shape, size, scale, dtype):
+def test_matches_torchvision_bit_for_bit(device, shape, size, scale, dtype):
     features, boxes = draw_features_and_boxes(*shape, boxes=5, seed=sum(shape), dtype=dtype)
     boxes[:, 1:] /= scale
     assert_like_torchvision(device, features, boxes, size, scale)
 
 
 @pytest.mark.reference_only
-def test_many_boxes_in_chunks_are_torchvisions(monkeypatch):
+def test_many_boxes_in_chunks_match_torchvision(monkeypatch):
     features, boxes = draw_features_and_boxes(3, 8, 40, 50, boxes=300, seed=0)
     assert_like_torchvision("cpu", features, boxes * torch.tensor([1.0, 16, 16, 16, 16]), (7, 7), 1 / 16)
     monkeypatch.setattr(reference, "MAX_PIXELS", 1000)
@@ -215,7 +215,7 @@ def test_gradients_of_both_orders():
     assert gradgradcheck(lambda x: roi_pool(x, boxes, (2, 3)), features)
 
 
-def test_second_derivative_returns_from_the_winners(device):
+def test_second_derivative_gathers_from_the_argmax(device):
     features, boxes = draw_features_and_boxes(2, 3, 4, 5, boxes=3, seed=9)
     features, boxes = features.to(device).requires_grad_(), boxes.to(device)
     output, argmax = torch.ops.fastmask.roi_pool(features, boxes, 2, 2, 1.0)
@@ -228,7 +228,7 @@ def test_second_derivative_returns_from_the_winners(device):
 
 
 def test_backward_is_deterministic(device):
-    count = 70  # more than the kernel looks at in one step
+    count = 70  # more than the kernel reads in one step
     features, boxes = draw_features_and_boxes(1, 2, 3, 4, boxes=count, seed=4)
     boxes[:, 1:] = torch.tensor([0.0, 0, 2, 2]) + torch.arange(count)[:, None] % 2
     grad = torch.randn(count, 2, 1, 1) * torch.logspace(-6, 6, count)[:, None, None, None]
@@ -286,7 +286,7 @@ def test_the_default_device_makes_no_difference(device):
 
 
 class Pooler(torch.nn.Module):
-    """Pools the largest features."""
+    """Pools with a fixed output size."""
 
     def forward(self, input, boxes):
         return roi_pool(input, boxes, 2).sum()

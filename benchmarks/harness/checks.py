@@ -1,4 +1,4 @@
-"""Whether providers agree. All of them run once and are checked before anything is timed."""
+"""The check that providers agree: each runs once, and all are checked before anything is timed."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import pytest
 from benchmarks.harness.timing import Implementation, Timer
 from benchmarks.reporting.results import FASTMASK, is_fastmask
 
-Same = Callable[[Any, Any], bool]  # whether the results of fastmask and of another provider agree
+Same = Callable[[Any, Any], bool]  # whether fastmask's result and another provider's agree
 
 DISAGREES = "its result differs from fastmask's"
 
 
 def parameters(rows: Iterable[tuple], quick: Callable[..., bool]) -> list[Any]:
-    """Rows of `pytest.mark.parametrize`, marked where `quick(*row)`."""
+    """Rows of `pytest.mark.parametrize`; those for which `quick(*row)` is true are marked as quick."""
     return [pytest.param(*row, marks=[pytest.mark.quick] if quick(*row) else []) for row in rows]
 
 
@@ -34,11 +34,11 @@ def close(tolerance: float) -> Same:
 
 @dataclass(frozen=True)
 class Checked:
-    """The providers that run a workload and agree with fastmask."""
+    """The providers that agree with fastmask, and those that are missing."""
 
-    calls: dict[str, Implementation]
-    missing: dict[str, str]  # providers that do not, and why
-    milliseconds: float  # of the first calls of all providers
+    calls: dict[str, Implementation]  # by provider
+    missing: dict[str, str]  # by provider: why it did not run or does not agree
+    milliseconds: float  # that the first calls of all providers took together
 
 
 def check(
@@ -50,11 +50,11 @@ def check(
     their versions vary and round differently, or if they raise a RuntimeError. At least one provider has to agree.
 
     Args:
-        name: of the case.
+        name: the case's name.
         providers: by name, `FASTMASK` among them.
-        same: called with fastmask's result and another's.
+        same: called with fastmask's result and another provider's.
         missing: providers that are known to be missing, and why.
-        timer: of the device.
+        timer: the device's timer.
 
     Raises:
         AssertionError: torchvision or a form of fastmask disagrees, or every provider does.

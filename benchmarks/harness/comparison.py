@@ -17,29 +17,27 @@ from benchmarks.harness.machine import Machine
 from benchmarks.harness.timing import Implementation
 from benchmarks.reporting.results import FASTMASK, Case, Kind, is_fastmask
 
-SLOW_SECONDS = 10.0  # a workload of which a round takes longer has only one
+SLOW_SECONDS = 10.0  # a workload whose round takes longer has one round
 MAX_ROUNDS = 50
 
 Stages = Mapping[str, Callable[[], dict[str, float]]]
-
-
 Target = Mapping[Literal["cpu", "gpu"], float] | None
 
 
 class Work(TypedDict):
-    """The work that no implementation avoids; a module of benchmarks says how it is counted."""
+    """The work that any implementation has to do. The docstring of each `bench_*.py` says how it is counted."""
 
     bytes: int
     flops: int
 
 
 class CaseOptions(TypedDict, total=False):
-    """What a benchmark says of a case apart from its name and its work."""
+    """Options of a case."""
 
     kind: Kind  # "paper" unless given
     target: Target  # how many times as fast as torchvision fastmask has to be
-    axis: str  # of a scaling case: the quantity that grows
-    at: float  # of a scaling case: its value
+    axis: str  # for a scaling case: the quantity that grows
+    at: float  # for a scaling case: the value of that quantity
 
 
 class Comparison:
@@ -54,7 +52,7 @@ class Comparison:
         self.quick = quick
         self.device = machine.device
         self.on_gpu = machine.on_gpu
-        self.main_dtype = "bfloat16" if machine.on_gpu else "float32"  # that detectors use on this device
+        self.main_dtype = "bfloat16" if machine.on_gpu else "float32"  # the dtype of detectors on this device
 
     def run(
         self,
@@ -75,17 +73,17 @@ class Comparison:
         """Check, time and record one case.
 
         Args:
-            name: of the case, unique in its section.
+            name: the case's name, unique in its section.
             providers: by name, `FASTMASK` among them. A peer that raises a RuntimeError is recorded as missing.
             same: whether fastmask's result and another's agree.
-            bytes: that any implementation has to move.
-            flops: that any implementation has to compute.
+            bytes: the bytes that any implementation has to move.
+            flops: the operations that any implementation has to compute.
             rate: the dtype of the matrix product whose rate bounds `flops`.
             missing: providers that are not available, and why.
-            events: also time by device events. Whole detectors are timed by the host's clock alone.
+            events: also time by device events; False for whole detectors, which are timed by the host's clock alone.
             capture: also time fastmask in a CUDA graph, if it does not synchronise.
-            images: of an end-to-end case, in a batch.
-            stages: by provider, a function that measures its stages, called when everything is timed.
+            images: for an end-to-end case, the number of images in a batch.
+            stages: by provider, a function that measures its stages; called after all timing.
             options: see `CaseOptions`.
         """
         checked = check(name, providers, same, missing or {}, self.machine.timer)
@@ -117,7 +115,7 @@ class Comparison:
         )
 
     def _latencies(self, checked: Checked) -> dict[str, list[float]]:
-        """Milliseconds of the host's clock by provider, a figure for each round."""
+        """For each provider, milliseconds by the host's clock in each round."""
         timer = self.machine.timer
         latencies: dict[str, list[float]] = {provider: [] for provider in checked.calls}
 
@@ -133,7 +131,7 @@ class Comparison:
         return latencies
 
     def _rounds(self, checked: Checked) -> int:
-        """As many as there is time for. Second calls say how long a round takes, since the first may compile."""
+        """The number of rounds that fit the time budget, estimated from second calls: first calls may compile."""
         if checked.milliseconds > 1e3 * SLOW_SECONDS and not self.on_gpu and "torch.compile" not in checked.calls:
             return 1
         seconds = sum(self.machine.timer.clock(call) for call in checked.calls.values()) / 1e3

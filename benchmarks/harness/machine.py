@@ -1,4 +1,4 @@
-"""The machine that is measured: its two limits, and what a section of results says of it."""
+"""The machine that is measured: the rates of its memory and its arithmetic, and its description in the results."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def peer(module: str) -> ModuleType | None:
 
 
 class Machine:
-    """The device that is measured, and the two rates that bound a kernel on it, measured once.
+    """A device, and the two rates that bound a kernel on it, measured when the object is made.
 
     Args:
         device: "cpu" or "cuda".
-        threads: of the CPU; PyTorch's default if None.
+        threads: CPU threads; PyTorch's default if None.
     """
 
     def __init__(self, device: str, threads: int | None = None) -> None:
@@ -49,11 +49,11 @@ class Machine:
         }
 
     def floor_ms(self, bytes: int, flops: int, dtype: str) -> float:
-        """Milliseconds for the bytes at the speed of a copy, or for the operations at that of a matrix product."""
+        """The larger of two times in milliseconds: the bytes at a copy's rate, the FLOPs at a matrix product's."""
         return max(bytes / self.copy_gb_s / 1e6, flops / self.matrix_tflop_s[dtype] / 1e9)
 
-    def run(self, *, quick: bool) -> Run:
-        """Where, when and of which commit a section that starts now is measured."""
+    def describe(self, *, quick: bool) -> Run:
+        """Where, when and at which commit a section that starts now is measured."""
         peers = {name: peer(module) for name, module in PEERS.items()}
         return Run(
             date=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -65,16 +65,16 @@ class Machine:
                 "python": platform.python_version(),
                 "fastmask": fastmask.__version__,
                 **{name: version for name in PACKAGES if (version := _version(name))},
-                **{name: str(import_module(name).__version__) for name, found in peers.items() if found},
+                **{name: str(import_module(name).__version__) for name, module in peers.items() if module},
             },
             copy_gb_s=self.copy_gb_s,
             matrix_tflop_s=self.matrix_tflop_s,
             quick=quick,
-            unavailable={name: "cannot be imported" for name, found in peers.items() if not found},
+            unavailable={name: "cannot be imported" for name, module in peers.items() if not module},
         )
 
     def _copy_rate(self) -> float:
-        """GB/s, read and written, of a large copy."""
+        """GB/s of a large copy, counting bytes read and bytes written."""
         size = 2**30 if self.on_gpu else 2**27
         source = torch.randint(0, 256, (size,), dtype=torch.uint8, device=self.device)
         target = torch.empty_like(source)
@@ -105,7 +105,7 @@ def _has_changes() -> bool:
 
 
 def _driver() -> str | None:
-    """The version of NVIDIA's kernel driver, which other vendors' devices do not have."""
+    """The version of NVIDIA's kernel driver; None for devices of other vendors."""
     path = "/proc/driver/nvidia/version"
     try:
         with open(path) as file:

@@ -1,15 +1,14 @@
-"""What the project knows of its operators, declared once each.
+"""The declaration of an operator: what the compile report and the tests need to know about it.
 
-`benchmarks/bench_<operator>.py` has `OPERATOR = Operator(...)`. The compile report and the tests of GPUs, random
-inputs, wrong arguments and the package go through these declarations and name no operator themselves.
+Each `benchmarks/bench_<operator>.py` declares `OPERATOR = Operator(...)`. The compile report and the tests of random
+inputs, wrong arguments, GPUs and the package iterate over these declarations and name no operator themselves.
 """
 
 from __future__ import annotations
 
 import importlib
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -24,17 +23,14 @@ Choice = TypeVar("Choice")
 
 @dataclass(frozen=True)
 class Call:
-    """A call of a public function with keyword arguments.
-
-    Where tensors among the arguments require gradients, `run` also computes these.
-    """
+    """A call of a public function with keyword arguments."""
 
     function: Callable[..., Any]
     arguments: Mapping[str, Any]
-    dynamic: bool = False  # the result's length is data: on an accelerator the call synchronises
+    dynamic: bool = False  # the length of the result depends on values: on an accelerator the call synchronises
 
     def run(self) -> list[Tensor]:
-        """The results, and the gradients of their sum with respect to what requires them."""
+        """The results, and the gradients of their sum with respect to each argument that requires one."""
         results = _flat(self.function(**self.arguments))
         leaves = [tensor for tensor in self.tensors() if tensor.requires_grad]
         outputs = [result for result in results if result.requires_grad]
@@ -49,7 +45,11 @@ class Call:
 
 @dataclass(frozen=True)
 class Limit:
-    """A register budget, and whether the design promises 128-bit accesses to global memory."""
+    """A register budget, and whether the design promises 128-bit accesses to global memory.
+
+    A budget is what the kernel's largest variant needs, rounded up to the 8 registers that hardware allocates. All
+    NVIDIA architectures share a limit. 16 bytes per thread are promised for warps of 32.
+    """
 
     registers: int
     wide_loads: bool = False
@@ -70,28 +70,22 @@ class Draw(Protocol):
 class Operator:
     """The declaration of one operator."""
 
-    calls: Callable[[str, int], list[Call]]  # small valid calls of every public function: of a device and a seed
-    compile_cases: Mapping[str, Callable[[], Call]]  # calls of the paper's size on meta tensors, by name
+    calls: Callable[[str, int], list[Call]]  # (device, seed): small valid calls of every public function
+    compile_cases: Mapping[str, Callable[[], Call]]  # by name: a call of the paper's size on meta tensors
     limits: Mapping[str, Mapping[Backend, Limit]]  # by the kernel's name
-    check_random: Callable[[Draw, str], None]  # asserts agreement with an oracle on a random case, on a device
-    check_large: Callable[[str], None] | None = field(default=None)  # asserts that more than 2^31 elements work
+    check_random: Callable[[Draw, str], None]  # (draw, device): asserts that a random case agrees with an oracle
+    check_large: Callable[[str], None] | None = None  # (device): asserts that more than 2^31 elements work
 
 
-def operators(folder: Path = ROOT / "benchmarks") -> dict[str, Operator]:
-    """The declarations of all `bench_<operator>.py` in a folder, by the operator's name."""
-    return {name: module.OPERATOR for name, module in _modules(folder) if hasattr(module, "OPERATOR")}
-
-
-def _modules(folder: Path) -> Iterator[tuple[str, Any]]:
-    package = folder.name
-    if str(folder.parent) not in sys.path:
-        sys.path.append(str(folder.parent))
-    for path in sorted(folder.glob("bench_*.py")):
-        yield path.stem.removeprefix("bench_"), importlib.import_module(f"{package}.{path.stem}")
+def operators() -> dict[str, Operator]:
+    """The declarations of all `benchmarks/bench_<operator>.py`, by the operator's name."""
+    names = [path.stem for path in sorted(ROOT.glob("benchmarks/bench_*.py"))]
+    modules = {name.removeprefix("bench_"): importlib.import_module(f"benchmarks.{name}") for name in names}
+    return {name: module.OPERATOR for name, module in modules.items() if hasattr(module, "OPERATOR")}
 
 
 def _flat(value: object) -> list[Tensor]:
-    """The tensors in a value: itself, or those of a list or tuple."""
+    """The tensors in a value: the value itself, or the tensors of a list or tuple."""
     if isinstance(value, Tensor):
         return [value]
     return [tensor for item in value for tensor in _flat(item)] if isinstance(value, list | tuple) else []

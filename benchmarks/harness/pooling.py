@@ -1,4 +1,4 @@
-"""What the benchmarks of pooling operators share: their inputs, the bytes they move, and the passes that are timed."""
+"""Shared by the benchmarks of pooling operators: inputs, the bytes that have to move, and the passes that are timed."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ class Inputs:
     def bytes(self, direction: Direction, outputs: int) -> int:
         """Bytes that have to move.
 
-        Of the features, the pixels that some box covers are read (forward), and all gradients are written (backward).
+        A forward reads the pixels of the features that some box covers. A backward writes the gradient of every pixel.
 
         Args:
             direction: what is timed.
-            outputs: bytes of the outputs, or of their gradients, and of what is saved for the backward.
+            outputs: bytes of the outputs, or of their gradients, and of tensors that are saved for the backward.
         """
         _, channels, _, _ = self.features[0].shape
         shapes = [(feature.shape[2], feature.shape[3]) for feature in self.features]
@@ -64,7 +64,7 @@ def c4_inputs(device: str, boxes: Tensor, dtype: str, layout: str = "channels_la
 
 
 def torchvision_provider(dtype: str) -> str:
-    """torchvision's name in results: features in half precision it pools in float32, under autocast."""
+    """torchvision's name in the results: it pools half-precision features in float32, under autocast."""
     return "torchvision" if dtype == "float32" else "torchvision autocast"
 
 
@@ -83,11 +83,11 @@ def compare_passes(
 
     Args:
         comparison: the fixture.
-        name: of the case, without the direction.
+        name: the case's name, without the direction.
         direction: what is timed.
         pools: by provider, a function that pools `inputs`.
         inputs: see `Inputs`.
-        bytes, flops: that any implementation has to move and to compute in this direction.
+        bytes, flops: the work that any implementation has to do in this direction.
         options: see `CaseOptions`.
     """
     comparison.run(
@@ -96,7 +96,7 @@ def compare_passes(
         close(TOLERANCE[inputs.dtype]),
         bytes=bytes,
         flops=flops,
-        # Half precision is bounded by the rate of a product in bfloat16: CPUs may have none that is fast in float16.
+        # The rate in bfloat16 bounds all half precision: matrix products in float16 are slow on some CPUs.
         rate="float32" if inputs.dtype == "float32" else "bfloat16",
         # Autograd runs a backward on the stream of its forward, which is not the stream of the capture.
         capture=direction != "backward",
@@ -105,7 +105,7 @@ def compare_passes(
 
 
 def passes(direction: Direction, pools: Mapping[str, Pool], features: Sequence[Tensor]) -> dict[str, Implementation]:
-    """The calls to time, by provider: a forward, a backward of one graph again and again, or both."""
+    """The calls to time, by provider: a forward, a backward of one graph that is kept, or both."""
     if direction == "forward":
         return {name: lambda pool=pool: _forward(pool, features) for name, pool in pools.items()}
     for feature in features:
@@ -138,7 +138,7 @@ def _backward(pool: Pool, features: Sequence[Tensor]) -> Implementation:
 
 
 def _forward_and_backward(pool: Pool, features: Sequence[Tensor]) -> Implementation:
-    gradients: list[Tensor] = []  # one, made by the first call
+    gradients: list[Tensor] = []  # a single one, made by the first call
 
     def run() -> tuple[Tensor, ...]:
         output = _forward(pool, features)

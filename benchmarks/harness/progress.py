@@ -1,4 +1,4 @@
-"""A plugin for pytest, `-p benchmarks.harness.progress`: a progress bar with failures above it, not a report."""
+"""A plugin, `pytest -p benchmarks.harness.progress`: a progress bar, with failures above it, replaces the report."""
 
 import sys
 

@@ -47,7 +47,7 @@ STAGES = PREPROCESS, BACKBONE, FPN, RPN, POOLING, HEADS, NMS, PASTE, RLE, BACKWA
 
 
 class Place(NamedTuple):
-    """An attribute of an object of a peer that is called, and the stage that its call is."""
+    """A function of a peer, as an attribute of its owner, and the stage that a call of it is."""
 
     owner: object
     attribute: str
@@ -78,9 +78,9 @@ def measure(call: Implementation, device: str, places: Sequence[Place] = ()) -> 
     """Milliseconds of each stage that ran, in the order of `STAGES`: of one call on a CPU, medians of three on a GPU.
 
     Args:
-        call: what is measured; what it does outside of all marks is the stage "other".
+        call: what is measured; its time outside of all marks is the stage "other".
         device: "cpu" or "cuda".
-        places: functions that are wrapped in marks meanwhile.
+        places: functions that are wrapped in marks while the call is measured.
     """
     with marked(places):
         runs = [_measure(call, device) for _ in range(1 if device == "cpu" else 3)]
@@ -90,7 +90,7 @@ def measure(call: Implementation, device: str, places: Sequence[Place] = ()) -> 
 def measures(
     calls: Mapping[str, Implementation], device: str, places: Mapping[str, Sequence[Place]]
 ) -> dict[str, Callable[[], dict[str, float]]]:
-    """The argument `stages` of a comparison: a function for each of the calls that has an entry in `places`."""
+    """The argument `stages` of a comparison: a function for each call that has an entry in `places`."""
     return {name: partial(measure, call, device, places[name]) for name, call in calls.items() if name in places}
 
 
@@ -116,7 +116,7 @@ def _marked(function: Callable[..., Any], stage: str) -> Callable[..., Any]:
 def _measure(call: Implementation, device: str) -> dict[str, float]:
     on_gpu = torch.device(device).type != "cpu"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    # acc_events: without it, PyTorch warns that events of earlier cycles are dropped, of which there are none.
+    # Without acc_events, PyTorch warns that it drops the events of earlier cycles, although there are none.
     with profile(activities=activities, acc_events=True) as profiler, mark(OTHER):
         call()
         if on_gpu:
@@ -133,7 +133,8 @@ def _order(stage: str) -> int:
 def _read(profiler: profile) -> tuple[list[Mark], list[Activity]]:
     """The marks of a profile, and the work of the device.
 
-    Raw events: to make public ones of them takes longer than the call, and these do not say which launch is whose.
+    It reads the profiler's raw events. Their conversion to public events takes longer than the call, and public events
+    do not say which operator launched a kernel.
     """
     assert profiler.profiler is not None
     assert profiler.profiler.kineto_results is not None
@@ -144,7 +145,7 @@ def _read(profiler: profile) -> tuple[list[Mark], list[Activity]]:
         for event in on_host
         if event.is_user_annotation() and event.name().startswith(PREFIX)
     ]
-    # A kernel is linked to the operator that launched it, of which the host's mark is that of its launch.
+    # A kernel is linked to the operator that launched it. The operator's start stands for the time of the launch.
     operators = {event.correlation_id(): event.start_ns() for event in on_host if not event.linked_correlation_id()}
     work = [
         Activity(operators.get(event.linked_correlation_id(), event.start_ns()), event.end_ns())
@@ -159,7 +160,7 @@ def exclusive(marks: Iterable[Mark], work: Iterable[Activity] = ()) -> dict[str,
 
     Args:
         marks: nested or disjoint, all within one outermost mark.
-        work: of the device, which moves the boundaries of marks to when it reaches them.
+        work: the device's activities; each boundary of a mark moves to when the device reaches it.
     """
     reached = _clock(work)
     spent: dict[str, int] = {}
@@ -187,7 +188,7 @@ def exclusive(marks: Iterable[Mark], work: Iterable[Activity] = ()) -> dict[str,
 
 
 def _clock(work: Iterable[Activity]) -> Callable[[int], int]:
-    """When the device reaches a time of the host: when everything that was launched before is finished."""
+    """A function from a time of the host to when the device reaches it, all earlier launches being finished."""
     ordered = sorted(work)
     launches = [activity.launch for activity in ordered]
     finished = list(accumulate((activity.end for activity in ordered), max))
@@ -200,7 +201,7 @@ def _clock(work: Iterable[Activity]) -> Callable[[int], int]:
 
 
 def of_torchvision(model: Any) -> list[Place]:
-    """Where one of torchvision's detectors passes through the stages."""
+    """The functions of a torchvision detector that are its stages."""
     roi_heads = model.roi_heads
     poolers = [roi_heads.box_roi_pool, roi_heads.mask_roi_pool, roi_heads.keypoint_roi_pool]
     return [

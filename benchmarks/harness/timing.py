@@ -14,7 +14,7 @@ from benchmarks.reporting.results import Spread, Timing
 Implementation = Callable[[], object]  # one provider's implementation of a workload, on inputs that it holds
 
 QUANTILES = (0.2, 0.5, 0.8)
-DEVICE_MS = 20  # of calls, for each figure by device events
+DEVICE_MS = 20  # how long calls are repeated for each figure by device events
 SLEEP_CYCLES = 1_000_000  # about half a millisecond, in which the device sleeps while the host enqueues a call
 
 
@@ -50,7 +50,7 @@ class Timer:
         return (time.perf_counter() - start) * 1e3
 
     def fastest(self, call: Implementation) -> float:
-        """Milliseconds of the fastest of several calls, which is the least disturbed one."""
+        """Milliseconds of the fastest of several calls, the one that other processes disturbed least."""
         if self.on_gpu:
             from triton import testing
 
@@ -94,7 +94,7 @@ def _by_graph(call: Implementation) -> Spread:
 
 
 def _by_events(call: Implementation, rounds: int, *, cold: bool) -> Spread:
-    """Milliseconds of the device, which sleeps before each call so that the call is enqueued when its time starts."""
+    """Milliseconds by device events. The device sleeps before each call, until the host has enqueued the call."""
     junk = torch.empty(4 * torch.cuda.get_device_properties().L2_cache_size, dtype=torch.uint8, device="cuda")
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds)]
     call()
@@ -110,7 +110,7 @@ def _by_events(call: Implementation, rounds: int, *, cold: bool) -> Spread:
 
 
 def _syncs_and_peak(call: Implementation) -> tuple[int, float]:
-    """The number of host-device synchronisations of a call, and MiB that it allocates at most beyond its inputs."""
+    """The number of host-device synchronisations of a call, and the most MiB that it allocates beyond its inputs."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

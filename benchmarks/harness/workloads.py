@@ -34,7 +34,7 @@ class Map(NamedTuple):
 
 C4 = Map(stride=16, channels=1024)  # the fourth stage of a ResNet-50 or deeper
 
-# ln(side) in a 640 x 480 image: quantiles 0.41 and 0.76 at ln(32) and ln(96); then twice as large.
+# ln(side) is normal. In a 640 x 480 image its quantiles 0.41 and 0.76 are ln(32) and ln(96); images are then enlarged.
 _LOG_SIDE_STD = math.log(96 / 32) / (0.7063 + 0.2275)
 _LOG_SIDE_MEAN = math.log(32) + 0.2275 * _LOG_SIDE_STD + math.log(1333 / 640)
 _LOG_ASPECT_STD = 0.5
@@ -72,9 +72,9 @@ def covered(boxes: Sequence[Tensor], shapes: Sequence[tuple[int, int]], strides:
     """The number of pixels of the feature maps that some box covers, each box on its level (Lin et al. 2017, eq. 1).
 
     Args:
-        boxes: `[K, 4]` of each image.
+        boxes: `[K, 4]` for each image.
         shapes: (height, width) of each level.
-        strides: of each level.
+        strides: the stride of each level.
     """
     total = 0
     for box in boxes:

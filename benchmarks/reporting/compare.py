@@ -1,9 +1,9 @@
 """`python -m benchmarks compare BEFORE.json AFTER.json`: what got faster or slower, beyond the noise.
 
-On one GPU, fastmask's times are compared. On CPUs and between devices, its times over torchvision's in the same run are
-compared; where torchvision could not run, times, unless the devices differ. A change counts if the ranges from p20 to
-p80, of three rounds or more, do not overlap. The range of a ratio is from fastmask's p20 over torchvision's p80 to the
-reverse.
+Two runs on one GPU are compared by fastmask's times. Runs on CPUs, or on different devices, are compared by the ratio
+of fastmask's time to torchvision's in the same run. Cases without torchvision are compared by time if the device is the
+same, and are left out otherwise. A change counts if the ranges from p20 to p80, of three rounds or more, do not
+overlap. A ratio's range goes from fastmask's p20 over torchvision's p80 to fastmask's p80 over torchvision's p20.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Change:
     unit: str
     before: Spread
     after: Spread
-    rounds: int  # the lesser of both
+    rounds: int  # of the run that has fewer
 
     @property
     def slowdown(self) -> float:
@@ -96,21 +96,23 @@ def _fastmask(results: Results) -> set[str]:
 
 def warnings(before: Results, after: Results) -> list[str]:
     """Differences that limit how far two runs can be compared."""
-    found: dict[str, list[str]] = {}
+    sections: dict[str, list[str]] = {}  # by warning
     for name in sorted(before.keys() & after.keys()):
         old, new = before[name].run, after[name].run
-        said = [
+        differences = [
             f"{package} {old.versions.get(package)} and {new.versions.get(package)}"
             for package in ("torch", "torchvision", "triton")
             if old.versions.get(package) != new.versions.get(package)
         ]
         if old.quick != new.quick:
-            said.append("A QUICK RUN AND A FULL ONE")
+            differences.append("A QUICK RUN AND A FULL ONE")
         if old.device != new.device:
-            said.append(f"DIFFERENT DEVICES, {old.device} and {new.device}: compared in torchvision's time alone")
-        for line in said:
-            found.setdefault(line, []).append(name)
-    return [f"{', '.join(names)}: {line}" for line, names in found.items()]
+            differences.append(
+                f"DIFFERENT DEVICES, {old.device} and {new.device}: compared in torchvision's time alone"
+            )
+        for line in differences:
+            sections.setdefault(line, []).append(name)
+    return [f"{', '.join(names)}: {line}" for line, names in sections.items()]
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -128,8 +130,8 @@ def main(arguments: argparse.Namespace) -> int:
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
-    found = sorted(changes(before, after), key=lambda change: (-change.slowdown, change.name))
-    beyond = [change for change in found if change.beyond_noise]
+    compared = sorted(changes(before, after), key=lambda change: (-change.slowdown, change.name))
+    beyond = [change for change in compared if change.beyond_noise]
     regressions = [change for change in beyond if change.slowdown > 1 + arguments.threshold]
     for warning in warnings(before, after):
         print(f"! {warning}")
@@ -139,9 +141,9 @@ def main(arguments: argparse.Namespace) -> int:
         for name in lost:
             print(f"only in {path}: {name}")
     print(
-        f"{len(found)} compared, {len(found) - len(beyond)} within the noise, "
+        f"{len(compared)} compared, {len(compared) - len(beyond)} within the noise, "
         f"{len(regressions)} slower by more than {arguments.threshold:.0%}"
     )
-    if not found:
+    if not compared:
         return 2
     return int(bool(regressions))

@@ -4,9 +4,9 @@
 
 rewrites docs/compile_report.md and exits with 1 if a kernel breaks a limit.
 
-Public functions are called on meta tensors of full size, which go to the operators' own launchers, while Triton's
-driver only names a target: the launch code alone decides which variants exist. Meta tensors have address 0: pointers
-are specialised as 16-byte aligned, as they are for what PyTorch's allocator returns.
+Public functions are called on meta tensors of full size and run the operators' own launchers, under a Triton driver
+that only names a target. The launch code alone therefore decides which variants exist. Meta tensors have address 0, so
+pointers are specialised as 16-byte aligned, as are pointers from PyTorch's allocator.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ class Row:
 
     architecture: str
     kernel: str
-    cases: tuple[str, ...]  # of the workloads, those that launch this variant
+    cases: tuple[str, ...]  # the workloads that launch this variant
     limit: Limit
-    registers: int  # per thread; of gfx942 the vector registers
+    registers: int  # per thread; on gfx942 the vector registers
     spills: int  # local loads and stores; on gfx942 spilled registers and scratch accesses
     stack: int  # bytes per thread
     shared: int  # bytes per program
@@ -68,7 +68,7 @@ class Row:
 
 
 class _Driver:
-    """As much of a Triton driver as compiling asks for."""
+    """The part of a Triton driver that compiling needs."""
 
     def __init__(self, target: GPUTarget) -> None:
         self.target = target
@@ -77,7 +77,7 @@ class _Driver:
         return self.target
 
     def get_current_device(self) -> str:
-        return str(self.target)  # a kernel keeps its variants by device, and the first target seen on each
+        return str(self.target)  # Triton caches variants, and the target, by device: each target is a device
 
     def get_current_stream(self, _device: str) -> int:
         return 0
@@ -177,7 +177,7 @@ def _measure_amd(binary: CompiledKernel) -> dict[str, int]:
 
 
 def measure(architecture: str, declared: Mapping[str, Operator]) -> list[Row]:
-    """Compile the declared workloads for one architecture and take every variant's figures."""
+    """Compile the declared workloads for one architecture and measure every variant."""
     variants = compile_workloads(architecture, declared)
     backend: Backend = "hip" if TARGETS[architecture].backend == "hip" else "cuda"
     figures = _measure_amd if backend == "hip" else _measure_nvidia
@@ -200,8 +200,8 @@ def measure(architecture: str, declared: Mapping[str, Operator]) -> list[Row]:
 
 
 def violations(rows: list[Row], declared: Mapping[str, Operator]) -> list[str]:
-    """Every rule or limit that is broken, a sentence each; `rows` are all of one architecture, or of more."""
-    found = []
+    """A sentence for every rule or limit that is broken; `rows` are all those of one or more architectures."""
+    sentences = []
     for row in rows:
         limit = row.limit
         broken = {
@@ -212,10 +212,10 @@ def violations(rows: list[Row], declared: Mapping[str, Operator]) -> list[str]:
             f"no 128-bit store, {row.narrow_stores} narrower": limit.wide_stores and not row.wide_stores,
         }
         where = f"{row.kernel} ({'; '.join(row.cases)}) on {row.architecture}"
-        found += [f"{where}: {what}" for what, is_broken in broken.items() if is_broken]
+        sentences += [f"{where}: {what}" for what, is_broken in broken.items() if is_broken]
     limited = {kernel for operator in declared.values() for kernel in operator.limits}
     unused = sorted(limited - {row.kernel for row in rows})
-    return found + [f"{kernel}: has limits, but no compile case launches it" for kernel in unused]
+    return sentences + [f"{kernel}: has limits, but no compile case launches it" for kernel in unused]
 
 
 def section(architecture: str, rows: list[Row]) -> str:
@@ -258,7 +258,7 @@ stand in the code; "matrix" are those of the tensor cores.
 
 
 def main() -> int:
-    """Also the last part of `python -m benchmarks report`."""
+    """Rewrite the document. Returns 1 if a kernel breaks a limit."""
     try:
         _ = knobs.nvidia.cuobjdump, knobs.nvidia.nvdisasm
     except RuntimeError as error:  # "Cannot find nvdisasm": not every build of Triton has them
@@ -266,9 +266,9 @@ def main() -> int:
         return 0
     declared = operators()
     rows = {architecture: measure(architecture, declared) for architecture in TARGETS}
-    DOCUMENT.write_text(document([section(architecture, found) for architecture, found in rows.items()]))
+    DOCUMENT.write_text(document([section(*item) for item in rows.items()]))
     print(DOCUMENT)
-    broken = list(dict.fromkeys(sentence for found in rows.values() for sentence in violations(found, declared)))
+    broken = list(dict.fromkeys(sentence for part in rows.values() for sentence in violations(part, declared)))
     for sentence in broken:
         print(sentence, file=sys.stderr)
     return int(bool(broken))

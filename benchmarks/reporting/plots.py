@@ -54,7 +54,7 @@ def save(draw: Callable[[], Figure], path: Path) -> None:
 
 
 def floor(section: Section) -> Figure:
-    """How far every case is from what the hardware could do."""
+    """The time of every case, in multiples of its floor."""
     cases = [case for case in section.cases if case.kind != "scaling" and case.floor_ms]
     multiples = [_multiples(case, case.floor_ms) for case in cases if case.floor_ms]
     providers = providers_of(cases)

@@ -1,4 +1,4 @@
-"""Published figures, shown beside fastmask's: of other machines and other software, and no part of any ratio."""
+"""Published figures, shown beside fastmask's. Other machines and software made them; no ratio includes them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ NVIDIA = (
 )
 MLPERF = "[MLPerf Training 3.0](https://github.com/mlcommons/training_results_v3.0)"
 
-PAPER_MS = 200  # an image: "about 200ms per frame on a GPU", 5 images/s
+PAPER_MS = 200  # per image: "about 200ms per frame on a GPU", 5 images/s
 
 
 @dataclass(frozen=True)
 class Latency:
     """The latency of one image, alone in its batch."""
 
-    model: str  # by its preset's name
+    model: str  # the preset's name
     device: str
     ms: float
     label: str  # short, for a plot

@@ -1,8 +1,8 @@
 """`python -m benchmarks report`: results as Markdown and plots.
 
-Each `<device>.json` gets a folder `<device>/` beside it. Committed results also give the README's tables, which stand
-between the comments `<!-- <device>.json -->` and `<!-- end -->`. All of this is made from the JSON alone: the same
-results give the same bytes. docs/compile_report.md is renewed as well.
+Each `<device>.json` gets a folder `<device>/` beside it. Committed results also fill the README's tables, which stand
+between the comments `<!-- <device>.json -->` and `<!-- end -->`. Everything is made from the JSON alone: the same
+results give the same bytes. docs/compile_report.md is rewritten as well.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def document(file: str, results: Results) -> str:
 
 
 def provenance(results: Results) -> str:
-    """Where, when and of which commit each section was measured."""
+    """Where, when and at which commit each section was measured."""
     rows = [
         {
             "section": name,
@@ -69,7 +69,7 @@ def _machine(run: Run) -> str:
 
 
 def _compared(results: Results) -> list[tuple[str, Case, float]]:
-    """Each case that torchvision ran too, with its section and the ratio."""
+    """Each case that torchvision ran too, with its section and its ratio."""
     return [
         (name, case, ratio)
         for name, section in results.items()
@@ -156,7 +156,7 @@ def write(path: Path) -> list[Path]:
 
 
 def write_compile_report() -> int:
-    """Renew docs/compile_report.md, which needs no GPU but Triton. Returns 1 if a kernel exceeds a limit."""
+    """Rewrite docs/compile_report.md, which takes Triton and no GPU. Returns 1 if a kernel exceeds a limit."""
     if importlib.util.find_spec("triton") is None:
         print("Triton is missing: docs/compile_report.md is not renewed", file=sys.stderr)
         return 0

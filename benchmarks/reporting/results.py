@@ -1,6 +1,6 @@
 """The results of a run of the benchmarks: `benchmarks/results/<device>.json`, read by `report` and `compare`.
 
-A file has a section for each `bench_<section>.py`. Each section says when, where and of which commit it was measured,
+A file has a section for each `bench_<section>.py`. Each section says when, where and at which commit it was measured,
 so that an interrupted run can go on with the sections that are missing. Times are milliseconds.
 """
 
@@ -45,11 +45,11 @@ class Timing:
     warm: Spread | None = None  # device events, L2 as the previous call left it
     graph: Spread | None = None  # replays of a CUDA graph; None if it cannot be captured
     syncs: int | None = None  # host-device synchronisations of a call
-    peak_mib: float | None = None  # allocated at most, beyond the inputs
+    peak_mib: float | None = None  # the most that a call allocates beyond its inputs
 
     @property
     def time(self) -> Spread:
-        """The time that ratios are made of: of the device on a GPU, of the host's clock on a CPU."""
+        """The time that ratios use: by device events where there are any, otherwise by the host's clock."""
         return self.cold or self.latency
 
 
@@ -61,18 +61,18 @@ class Case:
     kind: Kind
     timings: dict[str, Timing]  # by provider, FASTMASK among them
     missing: dict[str, str] = field(default_factory=dict)  # by provider: why it has no timing
-    bytes: int | None = None  # that have to move: each input read once, each output written once
+    bytes: int | None = None  # the bytes that have to move: each input read once, each output written once
     flops: int | None = None  # a multiply-add is two
     floor_ms: float | None = None  # for these bytes and FLOPs, at the rates measured in this run
     target: float | None = None  # how many times as fast as torchvision fastmask has to be
-    axis: str | None = None  # of a scaling case: the quantity that grows
-    at: float | None = None  # of a scaling case: its value
-    images: int | None = None  # of an end-to-end case: in a batch
+    axis: str | None = None  # for a scaling case: the quantity that grows
+    at: float | None = None  # for a scaling case: the value of that quantity
+    images: int | None = None  # for an end-to-end case: the images in a batch
     stages: dict[str, dict[str, float]] = field(default_factory=dict)  # by provider and stage: milliseconds
 
     @property
     def model(self) -> str:
-        """Of an end-to-end case: the name of the preset, with which the case's begins."""
+        """The preset of an end-to-end case, with whose name the name of the case begins."""
         return self.name.split(",")[0]
 
     @property
@@ -93,7 +93,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Run:
-    """Where, when and of which commit a section was measured."""
+    """Where, when and at which commit a section was measured."""
 
     date: str  # ISO 8601, UTC
     commit: str  # with "-dirty" where the work tree had changes
@@ -128,7 +128,7 @@ Results = dict[str, Section]  # by section
 
 
 def providers_of(cases: Iterable[Case]) -> list[str]:
-    """The providers of any case: torchvision first, fastmask last, which puts it on top in a plot."""
+    """The providers of all cases: torchvision first, and fastmask last, so that plots draw it on top."""
     names = {provider for case in cases for provider in case.timings}
     return sorted(names, key=lambda name: (is_fastmask(name), name not in TORCHVISION, name))
 
@@ -168,7 +168,7 @@ def save(results: Results, path: Path) -> None:
 
 
 def _brief(value: Any) -> Any:
-    """Without absent entries, and with five digits: the sixth is noise."""
+    """The value without absent entries and with five digits, since the sixth is noise."""
     if isinstance(value, dict):
         return {key: _brief(entry) for key, entry in value.items() if entry is not None and entry != {}}
     if isinstance(value, list):

@@ -1,6 +1,6 @@
 """The look of the plots: SVG with text as text, the same bytes for the same results.
 
-Colours are Okabe and Ito's and Paul Tol's, which remain distinct to the colour-blind.
+The colours are those of Okabe and Ito and of Paul Tol, which remain distinct to the colour-blind.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The report's tables: pure functions from results to Markdown.
 
-For a CPU, tables show ratios only: its times mean nothing elsewhere.
+For a CPU, tables show ratios only: its times mean nothing on other machines.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ Row = dict[str, str]
 
 
 def number(value: float) -> str:
-    """Three digits, of small ones two."""
+    """Three digits, or two below 0.1."""
     if value >= 99.95:
         return f"{value:,.0f}"
     return f"{value:.1f}" if value >= 9.995 else f"{value:.2f}" if value >= 0.0995 else f"{value:.2g}"

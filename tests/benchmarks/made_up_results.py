@@ -1,4 +1,4 @@
-"""Results that are made up: two operators and a detector."""
+"""Made-up results of two operators and a detector."""
 
 from dataclasses import replace
 
@@ -22,7 +22,7 @@ def timing(milliseconds, *, on_gpu=True, **more):
 
 
 def made_up(device="NVIDIA H200", **run):
-    """Two operators and a detector, with a win, a loss, a missed target and missing peers."""
+    """Results with a win, a loss, a missed target and missing peers."""
     on_gpu = device != "cpu"
 
     def timings(**milliseconds):

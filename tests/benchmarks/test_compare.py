@@ -1,13 +1,13 @@
-"""`python -m benchmarks compare`: regressions beyond the noise fail, and what limits a comparison is said."""
+"""`python -m benchmarks compare`: regressions beyond the noise fail, and limits of a comparison are named."""
 
 import argparse
 from dataclasses import replace
 
 import pytest
-from made_up_results import made_up, spread, timing
 
 from benchmarks.reporting import compare
 from benchmarks.reporting.results import FASTMASK, Spread, Timing, save
+from tests.benchmarks.made_up_results import made_up, spread, timing
 
 pytestmark = pytest.mark.reference_only
 
@@ -55,7 +55,7 @@ def test_a_wide_spread_is_no_regression(tmp_path):
 
 
 def test_cpus_are_compared_by_torchvisions_time(tmp_path, capsys):
-    """A machine that is twice as slow is no regression; where torchvision is missing, time is all there is."""
+    """A machine that is twice as slow is no regression; a ratio to torchvision that doubles is one."""
     slower = changed(made_up("cpu"), "roi_align", fastmask=0.04, torchvision=0.2)
     assert exit_code(tmp_path, made_up("cpu"), slower) == 0
     slower = changed(made_up("cpu"), "roi_align", fastmask=0.04)

@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.reference_only, pytest.mark.unpoisoned]
 
 
 def made_up(exact=True):
-    """Eleven by nine squares, labelled in turn, in each a mask and two keypoints."""
+    """Eleven by nine squares with labels in turn, each with a mask and two keypoints."""
     corner = torch.cartesian_prod(torch.arange(11), torch.arange(9)) * 20.0
     boxes = torch.cat([corner, corner + 16], 1)
     masks = torch.zeros(99, 220, 180, dtype=torch.bool)
@@ -22,7 +22,7 @@ def made_up(exact=True):
     return HostDetections(boxes, scores, torch.arange(99) % 5, masks, boxes.reshape(99, 2, 2), exact)
 
 
-def test_equals_may_change_places():
+def test_detections_of_equal_scores_may_swap():
     order = torch.arange(99)
     order[[3, 4]] = order[[4, 3]]
     expected = made_up()

@@ -3,11 +3,11 @@
 import argparse
 
 import pytest
-from made_up_results import made_up
 
 from benchmarks.reporting import plots, report
 from benchmarks.reporting.results import FOLDER, load, save
 from benchmarks.reporting.tables import number, table
+from tests.benchmarks.made_up_results import made_up
 
 pytestmark = pytest.mark.reference_only
 
@@ -58,7 +58,7 @@ def rows(text, beginning):
     return [line for line in text.splitlines() if line.startswith(f"| {beginning} |")]
 
 
-def test_a_gpu_report_says_everything():
+def test_a_gpu_report_has_every_figure():
     text = report.document("nvidia-h200.json", made_up())
     assert "NVIDIA H200, 2 CPU threads, driver 580.95, torch 2.11.0; detectron2 is missing: not installed." in text
     assert "| nms | 2026-01-02 03:04 | `0123456789-dirty` | 4,000 | 50.0 |" in text
@@ -75,7 +75,7 @@ def test_a_gpu_report_says_everything():
     assert "- torchvision (out of memory): 200,000 boxes" in text
 
 
-def test_a_gpu_report_of_a_detector_says_every_step_and_what_others_published():
+def test_a_gpu_report_of_a_detector_has_every_step_and_published_figures():
     text = report.document("nvidia-h200.json", made_up())
     graph = rows(text, "R-101-FPN, batch 1")[3]
     assert graph == "| R-101-FPN, batch 1 | fastmask bf16 graph | 8.00 (7.84-8.16) | 125 | 0 | 1.50 | 5.00x |"

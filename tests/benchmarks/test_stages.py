@@ -93,7 +93,7 @@ def test_marks_and_the_devices_work_are_read_from_a_profile():
 
 
 def expect_the_whole(call, places, expected):
-    """Measure the stages of a call: each of these takes some time, and together they take what the call does."""
+    """Measure a call whose stages are `expected`: each takes time, and their sum is the time of the call."""
     seconds = []
 
     def timed():

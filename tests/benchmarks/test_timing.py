@@ -1,4 +1,4 @@
-"""Timing: quantiles, and the figures that only a GPU has, with a device that is made up."""
+"""Timing: quantiles, and the figures that only a GPU has, on a simulated device."""
 
 import warnings
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ def test_spread():
 
 
 class Event:
-    """A device's clock on which every call takes 4 ms."""
+    """An event of a simulated device, on which every call takes 4 ms."""
 
     now = 0.0
 

@@ -1,4 +1,4 @@
-"""Classes of modules are replaced and restored, whatever the framework."""
+"""Classes of modules are replaced and restored."""
 
 import copy
 import pickle
@@ -14,7 +14,7 @@ class Double(nn.Linear):
         return 2 * super().forward(input)
 
 
-class Own(nn.Linear):
+class CustomLinear(nn.Linear):
     pass
 
 
@@ -26,7 +26,7 @@ def classes(model):
 
 
 def test_exact_classes_are_replaced_and_restored():
-    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Sequential(nn.Linear(3, 3), Own(3, 3)))
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Sequential(nn.Linear(3, 3), CustomLinear(3, 3)))
     before, state, x = classes(model), copy.deepcopy(model.state_dict()), torch.rand(2, 3)
     first = model[0](x)
     SWAP.apply(model)

@@ -1,4 +1,4 @@
-"""torchvision's detectors give the same detections with fastmask's operators in them."""
+"""torchvision's detectors give the same detections with fastmask's operators."""
 
 import copy
 import pickle
@@ -13,7 +13,7 @@ from tests.oracles import detectors
 
 pytestmark = pytest.mark.unpoisoned
 
-# The interpreter takes about 40 ms for each program of a kernel: an image and a number of boxes for a minute.
+# The interpreter takes about 40 ms for each program of a kernel: these sizes take about a minute.
 SIZE, PROPOSALS, DETECTIONS = (96, 64, 3) if INTERPRETED else (192, 300, 20)
 
 
@@ -66,15 +66,15 @@ def test_an_accelerated_model_trains_copies_and_pickles(device):
 
 
 @pytest.mark.reference_only
-def test_only_this_model_is_touched_and_foreign_parts_stay():
-    class OwnPooler(detection.mask_rcnn.MultiScaleRoIAlign):
+def test_other_models_and_custom_modules_are_left_alone():
+    class CustomPooler(detection.mask_rcnn.MultiScaleRoIAlign):
         pass
 
     model, other = (build("fasterrcnn_mobilenet_v3_large_fpn") for _ in range(2))
-    model.roi_heads.box_roi_pool = OwnPooler(["0", "1"], 7, 2)
+    model.roi_heads.box_roi_pool = CustomPooler(["0", "1"], 7, 2)
     classes = [type(module) for module in other.modules()]
     accelerate(accelerate(model))
-    assert type(model.roi_heads.box_roi_pool) is OwnPooler
+    assert type(model.roi_heads.box_roi_pool) is CustomPooler
     assert [type(module) for module in other.modules()] == classes
     restore(model)
     assert type(model.rpn) is detection.rpn.RegionProposalNetwork

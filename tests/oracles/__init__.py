@@ -1,1 +1,1 @@
-"""What the operators and the model are checked against."""
+"""Oracles, random inputs and checks that several tests and the benchmarks share."""

@@ -2,9 +2,9 @@
 
 import torch
 
-# Largest error allowed against float64, relative to the sum of the magnitudes that an element is made of.
-# float16 and bfloat16 round twice (the result, and in a backward the weights of the matrix product) by half a
-# step of `finfo.eps`; a tenth of that is left for the float32 sum.
+# The largest error allowed against float64, relative to the sum of the magnitudes of the terms of an element.
+# float16 and bfloat16 round twice by half of `finfo.eps`: the result, and in a backward the weights of the matrix
+# product. A tenth of that is left for the float32 sum.
 BUDGET = {torch.float64: 1e-14, torch.float32: 2e-6, torch.float16: 1.1 * 2**-10, torch.bfloat16: 1.1 * 2**-7}
 
 

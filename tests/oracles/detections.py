@@ -40,7 +40,7 @@ class Agreement:
     """How closely the detections of two detectors in an image have to agree."""
 
     best: float  # the part of the detections, by score, that counts
-    share: float  # the share of them that needs a partner of its label, and of partners that have to agree
+    share: float  # the share of them that needs a partner of the same label, and of the partners that have to agree
     iou: float  # of the partners' boxes
     score: float  # relative difference, rank by rank
     masks: float  # pixels that differ, over the area of the box
@@ -57,7 +57,7 @@ def detect(model: MaskRCNN, images: Sequence[Tensor], *, exact: bool | None = No
     Args:
         model: on any device.
         images: uint8 RGB `[3, H, W]` each, on the host.
-        exact: whether the model computes in float32; by default what autocast and TF32 say.
+        exact: whether the model computes in float32; by default, derived from the state of autocast and TF32.
     """
     exact = _is_exact(model) if exact is None else exact
     results = []
@@ -72,7 +72,7 @@ def detect(model: MaskRCNN, images: Sequence[Tensor], *, exact: bool | None = No
 
 @torch.inference_mode()
 def detect_torchvision(model: nn.Module, images: Sequence[Tensor]) -> list[HostDetections]:
-    """torchvision's detections; `images` as in `detect`. Work outside the model is marked as fastmask marks its own."""
+    """torchvision's detections; `images` as in `detect`. Work outside the model has the marks of fastmask's stages."""
     device = next(model.parameters()).device
     exact = _is_exact(model)
     with record_function("fastmask::preprocess"):
@@ -139,7 +139,9 @@ def same(detections: Sequence[HostDetections], expected: Sequence[HostDetections
 def _agree(a: HostDetections, b: HostDetections, limit: Agreement) -> bool:
     if len(a.boxes) != len(b.boxes):
         return False
-    overlap, index = (box_iou(a.boxes, b.boxes) * (a.labels[:, None] == b.labels)).max(1)  # equals may change places
+    overlap, index = (box_iou(a.boxes, b.boxes) * (a.labels[:, None] == b.labels)).max(
+        1
+    )  # boxes of equal scores may swap
     overlap = overlap[: int(limit.best * len(overlap))]
     rows = (overlap > limit.iou).nonzero()[:, 0]
     index = index[rows]

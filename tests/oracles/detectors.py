@@ -1,8 +1,8 @@
 """torchvision's and fastmask's detectors with the same random weights, made to detect something.
 
 Nothing is trained. Batch norms take the statistics of an image, the pyramid's levels and the residual branches are
-scaled (`calibrate`), and the classifier is scaled until it is as sure as a trained one. Images have structure: on white
-noise, which is the same everywhere, scores differ so little that rounding chooses the boxes.
+scaled (`calibrate`), and the classifier is scaled until its scores are like a trained one's. Images have structure: on
+white noise, which is the same everywhere, scores differ so little that rounding chooses the boxes.
 """
 
 from __future__ import annotations

@@ -1,6 +1,25 @@
-"""Greedy non-maximum suppression as a loop over boxes."""
+"""Inputs of NMS for tests, and greedy suppression as a loop over boxes."""
 
 import torch
+
+
+def draw_candidates(n, seed, spread=60.0, kind="random"):
+    """Boxes and scores; of 150 random boxes about half are suppressed at a threshold of 0.4."""
+    g = torch.Generator().manual_seed(seed)
+    scores = torch.rand(n, generator=g)
+    if kind == "disjoint":
+        corner = torch.stack([torch.arange(n) % 150, torch.arange(n) // 150], 1) * 20.0
+        return torch.cat([corner, corner + 10], 1), scores
+    if kind == "stacked":
+        corner = torch.rand(n, 2, generator=g)
+        return torch.cat([corner, corner + 100], 1), scores
+    centre = torch.rand(n, 2, generator=g) * spread
+    size = torch.exp(torch.randn(n, 2, generator=g) * 0.5 + 2.5)
+    if kind == "clustered":
+        near = torch.randint(max(n // 20, 1), (n,), generator=g)
+        centre = centre[near] + torch.randn(n, 2, generator=g)
+        size = size[near] * torch.exp(torch.randn(n, 2, generator=g) * 0.1)
+    return torch.cat([centre - size / 2, centre + size / 2], 1), scores
 
 
 def greedy_nms(boxes, scores, threshold, classes=None):
