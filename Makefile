@@ -10,11 +10,11 @@ BIN := .venv/bin
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-# Trains from scratch on generated shapes, prints COCO's AP, and draws what it finds in pictures it has not seen.
+# Trains from scratch on generated images, prints COCO's AP, and draws detections into images of the validation set.
 demo: .venv/installed
 	rm -rf runs/demo
 	$(BIN)/python -m models.train demo --output runs/demo
-	$(BIN)/python -m models.predict --checkpoint runs/demo/model.pth --output runs/demo/pictures \
+	$(BIN)/python -m models.predict --checkpoint runs/demo/model.pth --output runs/demo/images \
 		runs/shapes/val2017/00000000000[1-9].jpg
 
 test: .venv/installed
@@ -26,8 +26,9 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-# Uses PYTHON and not .venv, since a machine with a GPU has its own torch. tests/models has no GPU tests and needs more
-# packages. ONLY="nms model" runs these sections of the benchmarks and no tests, for example after an interrupted run.
+# Uses PYTHON and not .venv, since a machine with a GPU has its own torch. Leaves out tests/models, which has no GPU tests
+# and needs more packages. ONLY="nms model" runs these sections of the benchmarks and no tests, for example after an
+# interrupted run.
 gpu-check:
 	$(if $(ONLY),,PYTHONPATH=. $(PYTHON) -m pytest tests --ignore tests/models -k "cuda or gpu" -rs)
 	export PYTHONPATH=.; $(PYTHON) -m benchmarks run --device cuda $(ONLY:%=--only %); failed=$$?; \

@@ -24,7 +24,7 @@ SECTIONS = sorted(
 def configure_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="few small cases: a test that everything runs")
     parser.add_argument("--only", action="append", choices=SECTIONS, help="run this section; may be repeated")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, help="CPU threads; default: 2 on a CPU, all on a GPU")
     parser.add_argument(
         "--results", type=Path, help="default: benchmarks/results/<device>.json, with --quick <device>-quick.json"
