@@ -106,7 +106,7 @@ B2, S2 = torch.rand(2, 5, 4), torch.rand(2, 5)
         (TypeError, "idxs: expected a dtype of real", lambda: batched_nms(B1, S1, S1.to(torch.complex64), 0.5)),
         (TypeError, "iou_threshold: expected a number, got None", lambda: nms(B1, S1, None)),
         (TypeError, "iou_threshold: expected a number, got '0.5'", lambda: batched_nms(B1, S1, S1, "0.5")),
-        (ValueError, "iou_threshold: expected a number within", lambda: nms(B1, S1, 10**400)),
+        (ValueError, "iou_threshold: expected a number in the range", lambda: nms(B1, S1, 10**400)),
         (TypeError, "score_threshold: expected a number", lambda: nms_padded(B2, S2, 0.5, 1, score_threshold="0")),
         (TypeError, "counts: expected a signed", lambda: nms_padded(B2, S2, 0.5, 1, counts=S2[:, 0].to(torch.uint16))),
         (ValueError, "boxes: expected a tensor with data", lambda: nms(B1.to("meta"), S1.to("meta"), 0.5)),

@@ -23,7 +23,7 @@ hypothesis.settings.register_profile(
 hypothesis.settings.register_profile(
     "interpreted",
     hypothesis.settings.get_profile("reference"),
-    max_examples=12,
+    max_examples=24,
     phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],
 )
 hypothesis.settings.load_profile("interpreted" if INTERPRETED else "reference")

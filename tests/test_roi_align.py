@@ -36,7 +36,8 @@ def test_forward_and_backward_match_the_oracle(dtype, layout, ratio, aligned, de
     boxes = draw_boxes(6, 2, 48, seed=ratio + 7, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     level_of = [int(area >= 24**2) for area in (boxes[:, 3:] - boxes[:, 1:3]).double().prod(1)]
     assert 0 < sum(level_of) < len(boxes)
-    matrices, bounds = roi_align_matrices(boxes, level_of, sizes, 2, pooled, SCALES, ratio, aligned)
+    options = {"sizes": sizes, "images": 2, "pooled": pooled, "scales": SCALES, "ratio": ratio, "aligned": aligned}
+    matrices, bounds = roi_align_matrices(boxes, level_of, **options)
 
     leaves = [feature.to(device).requires_grad_() for feature in features]
     out = multiscale_roi_align(
@@ -60,7 +61,8 @@ def test_the_oracle_agrees_with_torchvision():
     boxes = draw_boxes(12, 2, 40, seed=3, dtype=torch.float64)
     for ratio in (0, 2):
         for aligned in (False, True):
-            (matrix,), _ = roi_align_matrices(boxes, [0] * 12, [(9, 13)], 2, (3, 2), [0.25], ratio, aligned)
+            options = {"images": 2, "pooled": (3, 2), "ratio": ratio, "aligned": aligned}
+            (matrix,), _ = roi_align_matrices(boxes, [0] * 12, sizes=[(9, 13)], scales=[0.25], **options)
             expected = torchvision.ops.roi_align(features[0], boxes, (3, 2), 0.25, ratio, aligned)
             torch.testing.assert_close(matrix @ as_rows(features[0]), as_rows(expected), rtol=0, atol=1e-13)
 
@@ -299,7 +301,9 @@ def test_same_inputs_same_bits(reduction, device):
 
 
 def test_gradcheck(device):
-    features = [f.to(device).requires_grad_() for f in draw_pyramid([(5, 4), (3, 2)], torch.float64, 1, 1)]
+    features = [
+        f.to(device).requires_grad_() for f in draw_pyramid([(5, 4), (3, 2)], torch.float64, images=1, channels=1)
+    ]
     boxes = torch.tensor([[0, 1.2, 2.1, 15.3, 12.2], [0, 0.2, 1.1, 60, 50]], dtype=torch.float64, device=device)
 
     def pool(*levels, reduction="mean"):

@@ -64,9 +64,8 @@ def detect(model: MaskRCNN, images: Sequence[Tensor], *, exact: bool | None = No
     for detections in model.detect(images):
         assert len(detections) == model.config.box.detections
         masks = None if detections.mask_probabilities is None else _encode(detections)
-        results.append(
-            _on_host(detections.boxes, detections.scores, detections.labels, masks, detections.keypoints, exact)
-        )
+        fields = detections.boxes, detections.scores, detections.labels
+        results.append(_on_host(*fields, masks=masks, keypoints=detections.keypoints, exact=exact))
     return results
 
 
@@ -85,9 +84,8 @@ def detect_torchvision(model: nn.Module, images: Sequence[Tensor]) -> list[HostD
                 pixels = output["masks"][:, 0] >= 0.5
             with record_function("fastmask::RLE"):
                 masks = _encode_one_by_one(pixels)
-        results.append(
-            _on_host(output["boxes"], output["scores"], output["labels"], masks, output.get("keypoints"), exact)
-        )
+        fields = output["boxes"], output["scores"], output["labels"]
+        results.append(_on_host(*fields, masks=masks, keypoints=output.get("keypoints"), exact=exact))
     return results
 
 
@@ -98,7 +96,7 @@ def _is_exact(model: nn.Module) -> bool:
 
 
 def _on_host(
-    boxes: Tensor, scores: Tensor, labels: Tensor, masks: Masks | None, keypoints: Tensor | None, exact: bool
+    boxes: Tensor, scores: Tensor, labels: Tensor, *, masks: Masks | None, keypoints: Tensor | None, exact: bool
 ) -> HostDetections:
     return HostDetections(
         boxes.float().cpu(),

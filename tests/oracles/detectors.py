@@ -37,11 +37,11 @@ def build(name: str, size: int, *, proposals: int, detections: int, **options: A
     """An untrained torchvision detector that gives `detections` of each image.
 
     Args:
-        name: of torchvision's function.
+        name: the name of torchvision's function.
         size: the shorter side of the images; the longer side may be twice that.
-        proposals: before NMS and of each level; an eighth of them remain after it.
-        detections: of each image.
-        options: of torchvision's constructor.
+        proposals: the number of proposals of each level before NMS; an eighth of them remain after it.
+        detections: the number of detections of each image.
+        options: further arguments of torchvision's function.
     """
     torch.manual_seed(0)
     model = getattr(detection, name)(

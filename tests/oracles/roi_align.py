@@ -1,4 +1,4 @@
-"""RoIAlign's inputs for tests, and its mean in float64 as an explicit matrix."""
+"""Inputs of RoIAlign for tests, and its mean in float64 as an explicit matrix."""
 
 import math
 
@@ -7,11 +7,11 @@ import torch
 SCALES = [1 / 4, 1 / 8]  # of a pyramid of two levels
 
 
-def roi_align_matrices(boxes, level_of, sizes, images, pooled, scales, ratio, aligned):
-    """RoIAlign's mean as a matrix `[K * PH * PW, pixels]` per level, and one of weights that bounds its error.
+def roi_align_matrices(boxes, level_of, *, sizes, images, pooled, scales, ratio, aligned):
+    """RoIAlign's mean as a matrix `[K * PH * PW, pixels]` for each level, and a matrix that bounds its error.
 
-    A coordinate is rounded three times at most, which moves a sample by a tenth of the float32 budget
-    times the coordinate, and each of its four weights by as much.
+    A coordinate is rounded at most three times. This moves a sample by a tenth of the float32 budget times the
+    coordinate, and changes each of the sample's four weights by as much.
     """
     bins = pooled[0] * pooled[1]
     matrices = [torch.zeros(len(boxes) * bins, images * h * w, dtype=torch.float64) for h, w in sizes]
@@ -57,7 +57,7 @@ def draw_boxes(k, images, side, seed, dtype=torch.float32):
     return torch.cat([image, corner, corner + size], 1).to(dtype)
 
 
-def draw_pyramid(sizes, dtype=torch.float32, images=2, channels=5, seed=0, layout=torch.contiguous_format):
+def draw_pyramid(sizes, dtype=torch.float32, *, images=2, channels=5, seed=0, layout=torch.contiguous_format):
     """Levels `[N, C, H_l, W_l]` of the given sizes."""
     g = torch.Generator().manual_seed(seed)
     levels = [torch.randn(images, channels, h, w, generator=g).to(dtype) for h, w in sizes]

@@ -1,4 +1,4 @@
-"""RoIPool's inputs for tests; torchvision's results and integer arithmetic to compare with; RoIWarp's rounded boxes."""
+"""Inputs of RoIPool for tests, comparisons with torchvision and integer arithmetic, and RoIWarp's rounded boxes."""
 
 import math
 
@@ -8,8 +8,8 @@ from torchvision.ops import roi_pool as torchvision_roi_pool
 from fastmask import roi_pool
 
 
-def draw_features_and_boxes(images, channels, height, width, boxes, seed, dtype=torch.float32):
-    """Features, and boxes of which some are empty, inverted, partly or altogether outside the feature map."""
+def draw_features_and_boxes(images, channels, height, width, *, boxes, seed, dtype=torch.float32):
+    """Features and boxes; some boxes are empty, inverted, or partly or completely outside the feature map."""
     g = torch.Generator().manual_seed(seed)
     features = torch.randn(images, channels, height, width, generator=g, dtype=torch.float64)
     image = torch.randint(images, (boxes, 1), generator=g)
@@ -22,7 +22,7 @@ def draw_features_and_boxes(images, channels, height, width, boxes, seed, dtype=
 
 
 def forward_backward(pool, features, boxes, grad, *arguments):
-    """The output, and the gradient of the features for the output's gradient `grad`."""
+    """The output, and the gradient of the features, given the gradient `grad` of the output."""
     features = features.detach().requires_grad_()
     output = pool(features, boxes, *arguments)
     output.backward(grad.to(output))
@@ -63,7 +63,7 @@ def exact_pool(features, boxes, size):
 
 
 def warped_boxes(boxes, scale):
-    """Boxes `[K, 5]` rounded to whole pixels as C rounds, the last pixel included: RoIWarp is RoIAlign of these."""
+    """Boxes `[K, 5]` rounded to whole pixels as C rounds, last pixel included. RoIWarp is RoIAlign of these boxes."""
 
     def rounded(value):
         return math.copysign(math.floor(abs(value) + 0.5), value)
