@@ -1,9 +1,9 @@
 """Where a detector's time goes, by stage.
 
 A stage is a range that the code marks with `torch.profiler.record_function("fastmask::<stage>")`. fastmask's detector
-marks its stages itself; the functions of a peer, which has no marks, are wrapped in the same marks while it is
-measured. The time between two boundaries of marks belongs to the innermost mark there, so stages exclude one another
-and sum to the whole call.
+marks its stages itself. A peer has no marks: its functions are wrapped in the same marks while it is measured. The time
+between two boundaries of marks belongs to the innermost mark there, so stages exclude one another and sum to the whole
+call.
 
 On a CPU the boundaries are those of the host's clock. On a GPU each is moved to when the device reaches it: when the
 device has finished everything that the host launched before. A GPU's stage thus includes the gaps in which the device

@@ -104,7 +104,7 @@ def objects(count: int, *, image: Sequence[int] = IMAGE, seed: int = 0) -> Tenso
 
 
 def candidates(count: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """`[count, 4]` boxes, of which three quarters are near one of thirty objects, and `[count]` scores."""
+    """`[count, 4]` boxes, three quarters of them near one of thirty objects, and `[count]` scores."""
     g = generator(seed)
     boxes = objects(count, seed=seed)
     crowd = count * 3 // 4

@@ -251,12 +251,12 @@ def waterfall(section: Section) -> Figure:
 
 
 def _waterfall_order(case: Case) -> list[str]:
-    """torchvision's steps, then fastmask's, each in the order of the case."""
+    """torchvision's steps, then fastmask's, in the order of the case."""
     return sorted(case.timings, key=is_fastmask)
 
 
 def _bar(axes: Axes, row: float, total: float, stages: dict[str, float], palette: dict[str, str]) -> None:
-    """A bar of stages: their shares, which are measured in separate calls, of the total over the rounds."""
+    """A bar of length `total`, divided by the shares of the stages, which are measured in separate calls."""
     if not stages:
         axes.barh(row, total, 0.75, color="#dddddd", label=UNKNOWN)
         return

@@ -156,9 +156,9 @@ def write(path: Path) -> list[Path]:
 
 
 def write_compile_report() -> int:
-    """Rewrite docs/compile_report.md, which takes Triton and no GPU. Returns 1 if a kernel exceeds a limit."""
+    """Rewrite docs/compile_report.md, which needs Triton but no GPU. Returns 1 if a kernel exceeds a limit."""
     if importlib.util.find_spec("triton") is None:
-        print("Triton is missing: docs/compile_report.md is not renewed", file=sys.stderr)
+        print("Triton is missing: docs/compile_report.md is not rewritten", file=sys.stderr)
         return 0
     from benchmarks.reporting import compile_report
 
@@ -171,7 +171,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--no-compile",
         dest="compile",
         action="store_false",
-        help="do not renew docs/compile_report.md; compiling takes minutes the first time",
+        help="do not rewrite docs/compile_report.md; compiling takes minutes the first time",
     )
 
 

@@ -29,7 +29,7 @@ def grid_sample_oracle(masks, boxes, height, width):
 
 
 def torchvision_oracle(masks, boxes, height, width):
-    """torchvision's convention in plain loops: in float64, except the expansion, which is truncated after rounding."""
+    """torchvision's convention in plain loops: in float64, except the expansion, in the dtype of the boxes."""
     n, m, _ = masks.shape
     out = torch.zeros(n, height, width, dtype=torch.float64)
     centre, half = (boxes[:, 2:] + boxes[:, :2]) * 0.5, (boxes[:, 2:] - boxes[:, :2]) * 0.5 * ((m + 2) / m)
@@ -59,8 +59,8 @@ ORACLES = {"aligned": grid_sample_oracle, "torchvision": torchvision_oracle}
 def assert_probabilities(actual, exact, m):
     """Within the budget of the output's dtype for its rounding, and of the compute dtype for coordinates.
 
-    A coordinate has a magnitude of up to m + 2, and an error of it moves a probability by up to the difference of
-    neighbours, at most 1, in each direction.
+    A coordinate has a magnitude of up to m + 2. Its error changes a probability by at most the error times the
+    difference of neighbours, which is at most 1, along each axis.
     """
     coordinates = 2 * (m + 2) * BUDGET[compute_dtype(actual.dtype)] / BUDGET[actual.dtype]
     assert_within_budget(actual, exact, exact + coordinates)
