@@ -94,7 +94,7 @@ def train(config: TrainConfig) -> None:
                 log.step(done, rate)
                 if done % solver.evaluate_every == 0 or done == total:
                     log.metrics(done, evaluate_held_out(model, dataset.categories, held_out, config))
-                # After the evaluation, so that a run that is killed during it evaluates again when resumed.
+                # After the evaluation: a run that is killed during an evaluation repeats it when resumed
                 if done % solver.checkpoint_every == 0 or done == total:
                     state = Progress(progress.stage, iteration + 1, learner.optimizer.state_dict())
                     save(last, model, dataset.categories, order=image_order(solver), **vars(state))
@@ -304,7 +304,7 @@ def check_finite(values: Mapping[str, float], iteration: int, batches: Sequence[
     Args:
         values: by name.
         iteration: the index of the step, from 0.
-        batches: the mini-batches that the values are of.
+        batches: the mini-batches that gave the values.
 
     Raises:
         NonFiniteLossError: a value is NaN or infinite. The error names the images and all values.

@@ -102,17 +102,18 @@ def resize(image: Tensor, target: Target, min_size: int, max_size: int) -> tuple
     height, width = image.shape[1:]
     image = preprocess.resize(image, min_size, max_size)
     shape = image.shape[1:]
-    scale_x, scale_y = shape[1] / width, shape[0] / height
+    scales = (shape[1] / width, shape[0] / height)
+    box_scales = torch.tensor(2 * scales)
     masks = target.masks
     if masks is not None:
         # NEAREST would shift the mask by half a pixel
         masks = functional.resize(masks, list(shape), InterpolationMode.NEAREST_EXACT)
     return image, replace(
         target,
-        boxes=target.boxes * torch.tensor([scale_x, scale_y, scale_x, scale_y]),
-        crowds=target.crowds * torch.tensor([scale_x, scale_y, scale_x, scale_y]),
+        boxes=target.boxes * box_scales,
+        crowds=target.crowds * box_scales,
         masks=masks,
-        keypoints=None if target.keypoints is None else target.keypoints * torch.tensor([scale_x, scale_y, 1]),
+        keypoints=None if target.keypoints is None else target.keypoints * torch.tensor([*scales, 1]),
     )
 
 

@@ -128,7 +128,7 @@ def load_model(
     differences = _compare(model, weights.tensors)
     if str(differences):
         raise ValueError(f"{path}: expected the weights of {config}, got\n{differences}")
-    model.load_state_dict(weights.tensors, strict=False)  # the comparison leaves out what may be missing
+    model.load_state_dict(weights.tensors, strict=False)  # batch norms' numbers of batches may be missing
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return model.to(device).eval(), weights.categories
 
@@ -180,7 +180,7 @@ def _fill(model: MaskRCNN, weights: Weights, path: str | Path) -> Differences:
     if weights.categories is None:
         settings = _BACKBONE_SETTINGS
         absent += ["backbone.fpn.", "rpn.", "box_head."]
-        if isinstance(model.config.features, C4):  # whose res5 is applied to regions
+        if isinstance(model.config.features, C4):  # a C4 applies res5 to regions
             tensors = {n.replace("backbone.layer4.", "roi_features.res5."): tensor for n, tensor in tensors.items()}
     state = model.state_dict()
     unused = [branch for branch in _BRANCHES if not any(name.startswith(branch) for name in state)]
@@ -250,7 +250,7 @@ def _read_torch(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, struct.error) as error:
-        # A damaged file raises any of these
+        # A damaged file may raise any of these
         raise ValueError(f"{path}: expected tensors and plain values, got a file that torch.load refuses") from error
 
 

@@ -82,7 +82,7 @@ def load(path: Path) -> Any:
         try:
             return _tensors(_Unpickler(file, encoding="latin1").load())
         except (pickle.UnpicklingError, EOFError, TypeError, ValueError, AttributeError, LookupError) as error:
-            raise ValueError(f"{path}: {error}") from error  # a damaged pickle raises any of these
+            raise ValueError(f"{path}: {error}") from error  # a damaged pickle may raise any of these
 
 
 def _tensors(value: Any) -> Any:
