@@ -1,7 +1,8 @@
-"""COCO's evaluation: detections of a whole data set in COCO's format, and their average precision by pycocotools.
+"""COCO's evaluation: detections of a data set in COCO's format, and their average precision by pycocotools.
 
-Each image's detections are converted to results at once: boxes, scores and run-length encoded masks. Only these grow
-with the number of images. The processes of a `torchrun` share the images; the first one merges and scores.
+Each image's detections are reduced to results (boxes, scores, run-length encoded masks) before the next image is read,
+so that only results accumulate. The processes of a `torchrun` share the images; the first one merges the results and
+scores them.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ Result = dict[str, Any]  # a detection in COCO's submission format
 
 COLUMNS = ("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L")
 
-# The fields of a result that each task reads. Masks are scored without the box: given one, pycocotools would take the
-# mask's area from it.
+# The fields of a result that each task reads. Masks are scored without the box, from which pycocotools would otherwise
+# take the area of the mask.
 FIELDS: dict[Task, tuple[str, ...]] = {
     "bbox": ("bbox",),
     "segm": ("segmentation",),
@@ -45,12 +46,16 @@ FIELDS: dict[Task, tuple[str, ...]] = {
 
 
 class Detector(Protocol):
-    """What evaluation and prediction need of a model: `MaskRCNN`, or anything with the same `detect`."""
+    """The interface that evaluation and prediction use of a model: that of `MaskRCNN`."""
 
     @property
-    def config(self) -> ModelConfig: ...
+    def config(self) -> ModelConfig:
+        """The branches of the model decide which tasks are scored."""
+        ...
 
-    def detect(self, images: Sequence[Tensor]) -> list[Detections]: ...
+    def detect(self, images: Sequence[Tensor]) -> list[Detections]:
+        """Detections of each image, as `MaskRCNN.detect` returns them."""
+        ...
 
 
 def evaluate(
@@ -66,19 +71,19 @@ def evaluate(
 
     Args:
         model: in evaluation mode.
-        categories: the model's categories: label k is `categories[k - 1]`. They are matched with the data set's by id.
+        categories: of the model's labels: label k is `categories[k - 1]`. They are matched to the data set's by id.
         dataset: images and ground truth.
         data: the number of worker processes.
         output: folder for `detections.json`, in COCO's submission format, and `metrics.json`.
         amp: bfloat16 on CUDA.
 
     Returns:
-        In every process, for each task the model has a branch for: AP, AP50, AP75, AP_S, AP_M, AP_L (no AP_S of
-        keypoints), each in 0..1, or -1 where the data set has no such objects.
+        AP, AP50, AP75, AP_S, AP_M and AP_L (no AP_S of keypoints) for each task that the model has a branch for, in
+        0..1, or -1 where the data set has no such objects. The same in every process.
 
     Raises:
-        ValueError: The model lacks a category of the data set.
-        DataError: An image is bad, unless the data set was opened with `on_error="skip"`.
+        ValueError: the model lacks a category of the data set.
+        DataError: an image is bad, unless the data set was opened with `on_error="skip"`.
     """
     check_model_categories(categories, dataset)
     results: list[Result] = []
@@ -142,10 +147,10 @@ def average_precision(
 
     Args:
         truth: the ground truth, from `CocoDataset.ground_truth`.
-        results: from `coco_results`, with `image_id`, of any images.
+        results: from `coco_results`, with `image_id`; those of other images are ignored.
         image_ids: the images to score.
-        task: what is scored.
-        categories: their keypoints tell how many there are; read for that task only.
+        task: what to score.
+        categories: the model's; only the number of their keypoints is used, and only for the task "keypoints".
     """
     fields = ("image_id", "category_id", "score", *FIELDS[task])
     scored = [{field: result[field] for field in fields} for result in results if FIELDS[task][0] in result]
@@ -155,7 +160,7 @@ def average_precision(
         if task == "keypoints":
             (points,) = {len(category.keypoints) for category in categories if category.keypoints}
             sigmas = evaluation.params.kpt_oks_sigmas
-            if points != len(sigmas):  # COCO has measured its own 17 only: others get their mean
+            if points != len(sigmas):  # COCO measured those of its 17 keypoints only; others get their mean
                 evaluation.params.kpt_oks_sigmas = np.full(points, sigmas.mean())
         evaluation.evaluate()
         evaluation.accumulate()
@@ -165,7 +170,7 @@ def average_precision(
 
 
 def table(metrics: Metrics) -> str:
-    """Average precision in per cent as text, one line for each task."""
+    """Format average precision in per cent, one line for each task; "-" where there is none."""
     lines = ["".join(f"{name:>10}" for name in ("", *COLUMNS))]
     for task, values in metrics.items():
         cells = (f"{100 * values[name]:.1f}" if values.get(name, -1) >= 0 else "-" for name in COLUMNS)

@@ -21,10 +21,10 @@ class InputConfig:
 
     min_size: int = 800  # §3.1: length of the shorter side, in pixels
     max_size: int = 1333  # Detectron: largest length of the longer side, in pixels
-    pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)  # ImageNet, of 0..255, in `channels`' order
+    pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)  # ImageNet, 0..255, in the order of `channels`
     pixel_std: tuple[float, float, float] = (58.395, 57.12, 57.375)
-    channels: Literal["RGB", "BGR"] = "RGB"  # BGR in Detectron's weights
-    divisor: int = 32  # height and width are padded to a multiple of the coarsest stride
+    channels: Literal["RGB", "BGR"] = "RGB"  # BGR for Detectron's weights
+    divisor: int = 32  # padded heights and widths are multiples of this
 
 
 @dataclass(frozen=True)
@@ -34,15 +34,15 @@ class BackboneConfig:
     depth: Literal[18, 34, 50, 101] = 50
     groups: int = 1
     width_per_group: int = 64
-    norm: Literal["frozen", "batch"] = "frozen"  # Detectron: ImageNet's statistics, scale and shift are constants
+    norm: Literal["frozen", "batch"] = "frozen"  # Detectron: statistics, scale and shift stay those of ImageNet
     norm_eps: float = 1e-5
     frozen_stages: int = 2  # Detectron: the stem and res2 are not trained
-    stride_in_1x1: bool = False  # bottlenecks stride in the 1x1 (original ResNet) or the 3x3 convolution
+    stride_in_1x1: bool = False  # whether bottlenecks stride in the 1x1 convolution (original ResNet) or in the 3x3
 
 
 @dataclass(frozen=True)
 class FPN:
-    """Feature pyramid network (Lin et al. 2017): the RPN reads P2..P6, each region is pooled from one of P2..P5."""
+    """Feature pyramid network (Lin et al. 2017): the RPN reads P2..P6, and each region is pooled from one of P2..P5."""
 
     channels: int = 256
     norm: Norm = "none"
@@ -54,16 +54,16 @@ class FPN:
 class C4:
     """One feature map, that of res4; res5 is applied to each region (figure 4, left)."""
 
-    res5_stride: int = 1  # figure 4 (left): 7x7 stays 7x7; detectron2 pools 14x14 and strides by 2
+    res5_stride: int = 1  # figure 4 (left): 7x7 stays 7x7; detectron2 pools 14x14 and has a stride of 2
 
 
 @dataclass(frozen=True)
 class AnchorConfig:
     """Anchors of the RPN."""
 
-    sizes: tuple[float, ...] = (32, 64, 128, 256, 512)  # §3.1: 5 scales; one for each level of an FPN, all on a C4
+    sizes: tuple[float, ...] = (32, 64, 128, 256, 512)  # §3.1: 5 scales; a level of an FPN has one, a C4 has all
     aspect_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)  # §3.1: 3 ratios, height / width
-    rounded: bool = False  # corners are rounded to whole pixels, as in torchvision
+    rounded: bool = False  # whether corners and strides are rounded to whole pixels, as in torchvision
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,10 @@ class RPNConfig:
     samples_per_image: int = 256
     positive_fraction: float = 0.5
     smooth_l1_beta: float = 1 / 9
-    pre_nms_top_k_train: int = 2000  # Detectron: for each level
-    pre_nms_top_k: int = 1000
-    proposals_train: int = 2000  # Detectron: for each image, over all levels
-    proposals: int = 1000  # §3.1: 1000 with an FPN, 300 with a C4
+    pre_nms_top_k_train: int = 2000  # Detectron: for each level, in training
+    pre_nms_top_k: int = 1000  # and in inference
+    proposals_train: int = 2000  # Detectron: for each image, over all levels, in training
+    proposals: int = 1000  # §3.1: in inference, 1000 with an FPN and 300 with a C4
     nms_iou: float = 0.7
     min_box_size: float = 1e-3  # pixels: boxes that are smaller after clipping are dropped
 
@@ -90,35 +90,35 @@ class SamplingConfig:
     """Sampling of the proposals that the heads are trained on."""
 
     rois_per_image: int = 512  # §3.1: 512 with an FPN, 64 with a C4
-    positive_fraction: float = 0.25  # §3.1: 1:3
+    positive_fraction: float = 0.25  # §3.1: one positive to three negatives
     positive_iou: float = 0.5  # §3.1
-    crowd_overlap: float = 0.7  # Detectron: negatives are ignored if this part of their area lies in a crowd region
+    crowd_overlap: float = 0.7  # Detectron: a negative with this fraction of its area in a crowd region is ignored
 
 
 @dataclass(frozen=True)
 class RoIAlign:
     """Pooling of a region's features (§3)."""
 
-    sampling_ratio: int = 2  # §3: 2x2 points in each bin; 0: ceil(bin size), as in `fastmask.multiscale_roi_align`
-    aligned: bool = True  # pixel centres are at half pixels; False as in torchvision and the first RoIAlign
+    sampling_ratio: int = 2  # §3: 2x2 points in each bin; 0: ceil(bin size) along each axis
+    aligned: bool = True  # whether pixel centres are at half pixels; not so in torchvision and the first RoIAlign
 
 
 @dataclass(frozen=True)
 class BoxHeadConfig:
-    """What the two forms of the box head, `FCBox` and `AverageBox`, have in common."""
+    """Settings that `FCBox` and `AverageBox` share."""
 
     resolution: int = 7  # figure 4: bins of the pooling
-    delta_weights: tuple[float, float, float, float] = (10.0, 10.0, 5.0, 5.0)  # Fast R-CNN's normalised targets
+    delta_weights: tuple[float, float, float, float] = (10.0, 10.0, 5.0, 5.0)  # Fast R-CNN: factors of the deltas
     smooth_l1_beta: float = 1 / 9
     score_threshold: float = 0.05  # Fast R-CNN
     nms_iou: float = 0.5  # appendix B
     min_box_size: float = 1e-2  # pixels: boxes that are smaller after clipping are dropped
-    detections: int = 100  # §3.1: the 100 best of each image
+    detections: int = 100  # §3.1: the 100 highest-scoring of each image
 
 
 @dataclass(frozen=True)
 class FCBox(BoxHeadConfig):
-    """Convolutions, then fully connected layers over the whole region (figure 4, right)."""
+    """A box head of convolutions and then fully connected layers over the whole region (figure 4, right)."""
 
     convs: int = 0
     conv_channels: int = 256
@@ -129,12 +129,12 @@ class FCBox(BoxHeadConfig):
 
 @dataclass(frozen=True)
 class AverageBox(BoxHeadConfig):
-    """The average over the region's features, which are res5's on a C4 (figure 4, left)."""
+    """A box head that averages the region's features, those of res5 on a C4 (figure 4, left)."""
 
 
 @dataclass(frozen=True)
 class FCNMask:
-    """A fully convolutional mask head: one mask for each class, each with its own sigmoid (§3, figure 4)."""
+    """A fully convolutional mask head with one mask, under a sigmoid, for each class (§3, figure 4)."""
 
     resolution: int = 14  # figure 4: bins of the pooling; the mask has twice as many pixels along each axis
     convs: int = 4  # figure 4 (right); figure 4 (left) has none
@@ -145,7 +145,7 @@ class FCNMask:
 
 @dataclass(frozen=True)
 class KeypointHeadConfig:
-    """Keypoints as one-hot masks of 56 x 56 (§5)."""
+    """A head that predicts each keypoint as a one-hot mask of 56 x 56 (§5)."""
 
     keypoints: int = 17  # COCO's person
     resolution: int = 14
@@ -155,9 +155,9 @@ class KeypointHeadConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A detector. Without masks or keypoints (None), it has no such branch."""
+    """A detector. It has no mask branch if `mask` is None, and no keypoint branch if `keypoint` is None."""
 
-    classes: int = 80  # COCO; the background is not counted
+    classes: int = 80  # COCO; without the background
     input: InputConfig = InputConfig()
     backbone: BackboneConfig = BackboneConfig()
     features: FPN | C4 = FPN()
@@ -173,8 +173,8 @@ class ModelConfig:
 class DataConfig:
     """COCO's own layout: `root/annotations/<annotations>_<split>.json` beside `root/<split>/*.jpg`."""
 
-    root: Path | None = None  # none: shapes are generated into ./runs/shapes
-    annotations: str = "instances"  # or person_keypoints, which has the keypoints
+    root: Path | None = None  # if None, shapes are generated into ./runs/shapes
+    annotations: str = "instances"  # or person_keypoints, for keypoints
     train: str = "train2017"
     val: str = "val2017"
     train_min_sizes: tuple[int, ...] = (800,)  # §3.1; appendix B draws one of 640..800 for each image
@@ -188,16 +188,16 @@ class SolverConfig:
 
     iterations: int = 160_000  # §3.1
     images_per_gpu: int = 2  # §3.1: 8 GPUs make the mini-batch of 16
-    lr: float = 0.02  # §3.1, for 16 images in a step; scaled in proportion to the number of images
+    lr: float = 0.02  # §3.1, for 16 images in a step; other numbers of images scale it in proportion
     momentum: float = 0.9  # §3.1
     weight_decay: float = 1e-4  # §3.1
-    steps: tuple[int, ...] = (120_000,)  # §3.1: iterations from which lr is multiplied by gamma once more
+    steps: tuple[int, ...] = (120_000,)  # §3.1: at each of these iterations, lr is multiplied by gamma
     gamma: float = 0.1  # §3.1
-    warmup: int = 500  # Detectron: iterations of linear growth up to lr
-    warmup_factor: float = 1 / 3  # of lr, at the first iteration
-    accumulate: int = 1  # mini-batches in a step, whose gradients are averaged
+    warmup: int = 500  # Detectron: iterations in which lr grows linearly to its full value
+    warmup_factor: float = 1 / 3  # the fraction of lr at the first iteration
+    accumulate: int = 1  # mini-batches in a step; their gradients are averaged
     amp: bool = True  # bfloat16 on CUDA; the CPU stays in float32
-    deterministic: bool = False  # the same bits in every run on CUDA too, as always on the CPU
+    deterministic: bool = False  # bit-for-bit reproducible on CUDA too, as training on the CPU always is
     clip_norm: float | None = None  # maximum norm of the gradient; the paper does not clip
     seed: int = 0
     evaluate_every: int = 10_000  # iterations
@@ -213,22 +213,22 @@ class TrainConfig:
     data: DataConfig = DataConfig()
     solver: SolverConfig = SolverConfig()
     output: Path = Path("runs/train")  # checkpoints, logs and results
-    on_error: Literal["raise", "skip"] = "raise"  # a bad image or annotation stops, or is counted and left out
-    weights: str | None = "imagenet"  # initial ones: "imagenet" for torchvision's backbone, a file, or none
-    resume: bool = False  # continue from the last checkpoint in `output`, bit for bit
+    on_error: Literal["raise", "skip"] = "raise"  # stop at a bad image or annotation, or leave it out and count it
+    weights: str | None = "imagenet"  # initial weights: "imagenet" for torchvision's backbone, a file, or None
+    resume: bool = False  # continue from `output`/last.pth, to the same bits as an uninterrupted run
 
 
 KIND = "kind"  # the key under which a stored union names its dataclass
 
 
 def config_values(config: Any) -> dict[str, Any]:
-    """A config as nested dictionaries for JSON; a dataclass that is one of a union is named by its `"kind"`.
+    """Convert a config to nested dictionaries for JSON. For a member of a union, `"kind"` holds the dataclass's name.
 
     Args:
-        config: an instance of a dataclass of this module.
+        config: an instance of one of this module's dataclasses.
 
     Returns:
-        The values by field name. Paths and tuples are kept as they are.
+        The value of each field by its name. Paths and tuples are not converted.
     """
     types = get_type_hints(type(config))
     values = {}
@@ -242,10 +242,13 @@ def config_values(config: Any) -> dict[str, Any]:
 
 
 def model_config(values: Mapping[str, Any]) -> ModelConfig:
-    """The inverse of `config_values`, also after JSON, which turns tuples into lists.
+    """Build a config from the values that `config_values` returned for it. Lists, as read from JSON, become tuples.
+
+    Args:
+        values: by field name. Fields that are missing have their defaults.
 
     Raises:
-        ValueError: a field or the kind of a union is unknown: the values come from another version.
+        ValueError: a field or the kind of a union is unknown, for instance because another version wrote it.
     """
     return _build(ModelConfig, values)
 

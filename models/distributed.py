@@ -15,9 +15,9 @@ T = TypeVar("T")
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Join the process group for the duration of the context, each process on its own GPU if there are any.
+    """Join the process group for the duration of the context. If there are GPUs, each process takes its own.
 
-    Does nothing if the process was not started by `torchrun`.
+    Without `torchrun`, this does nothing.
     """
     if not dist.is_torchelastic_launched():
         yield
@@ -42,7 +42,7 @@ def world() -> int:
 
 
 def say(text: str) -> None:
-    """Print, in the first process only."""
+    """Print text, in the first process only."""
     if rank() == 0:
         print(text, flush=True)
 
@@ -70,13 +70,16 @@ def broadcast(value: T) -> T:
 
 
 def mean_count(count: torch.Tensor) -> torch.Tensor:
-    """The mean over the processes of a number of samples; at least 1 / (number of processes).
+    """The mean over the processes of a number of samples.
 
-    Each process divides its sum of losses by this. The gradients, averaged over the processes, are then those of one
-    process that has all the images.
+    Each process divides its sum of losses by it, so that the gradients, averaged over the processes, are those of one
+    process with all the images.
 
     Args:
         count: scalar tensor, the number of this process's samples.
+
+    Returns:
+        Scalar tensor, at least 1 / (number of processes), so that no loss is divided by zero.
     """
     if not dist.is_initialized():
         return count.clamp(min=1)

@@ -25,12 +25,12 @@ class EvaluateConfig:
     checkpoint: Path
     data: DataConfig = field(default_factory=DataConfig)
     output: Path = Path("runs/evaluate")  # for detections.json and metrics.json
-    on_error: Literal["raise", "skip"] = "raise"  # a bad image or annotation stops, or is counted and left out
+    on_error: Literal["raise", "skip"] = "raise"  # stop at a bad image or annotation, or leave it out and count it
     amp: bool = True  # bfloat16 on CUDA
 
 
 def main(config: EvaluateConfig) -> None:
-    """Evaluate a checkpoint and print the table of its average precision."""
+    """Evaluate a checkpoint, write the results to `config.output` and print a table of the average precision."""
     with process_group():
         model, categories = load_model(config.checkpoint)
         dataset = open_dataset(config.data, model.config, config.on_error)

@@ -1,8 +1,8 @@
 """Marks of a detector's stages in profiles.
 
 A marked stage appears as `fastmask::<stage>` in traces of `torch.profiler` and, with
-`torch.autograd.profiler.emit_nvtx`, in those of Nsight Systems. Marks nest: the time belongs to the innermost one.
-fastmask's operators have names of the same prefix, none of which is a stage.
+`torch.autograd.profiler.emit_nvtx`, in those of Nsight Systems. Marks nest; time counts for the innermost one.
+fastmask's operators have names with the same prefix, but none has the name of a stage.
 """
 
 from __future__ import annotations
@@ -19,10 +19,13 @@ STAGES: tuple[Stage, ...] = get_args(Stage)
 
 @contextmanager
 def mark(stage: Stage) -> Iterator[None]:
-    """Mark what runs inside as a stage: `with mark("pooling"): ...`, or `@mark("pooling")` on a function.
+    """Mark a stage: `with mark("pooling"): ...`, or `@mark("pooling")` on a function.
 
-    A decorated function opens a new mark in each call, so that it may be called from several threads at once; an
-    instance of `record_function`, used as a decorator, may not.
+    A decorated function opens a new mark in each call and may therefore be called recursively and from several threads.
+    An instance of `record_function`, used as a decorator, may not.
+
+    Args:
+        stage: one of `STAGES`.
     """
     with record_function(f"fastmask::{stage}"):
         yield

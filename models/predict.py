@@ -25,7 +25,7 @@ from models.visualize import draw
 from models.weights.checkpoint import load_model
 
 SUFFIXES = {".jpg", ".jpeg", ".png"}
-MARK = ".detections"  # in the names of output files, which are never input
+OUTPUT_MARK = ".detections"  # in the names of output files; files with such a name are not read
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class PredictConfig:
 
     images: tyro.conf.Positional[tuple[Path, ...]]  # images, and folders of images
     checkpoint: Path
-    output: Path | None = None  # a folder; none: beside each image
+    output: Path | None = None  # a folder; None writes beside each image
     score_threshold: float = 0.5
-    on_error: Literal["raise", "skip"] = "raise"  # an unreadable image stops, or is listed at the end
+    on_error: Literal["raise", "skip"] = "raise"  # stop at an unreadable image, or leave it out and list it at the end
 
 
 def predict(
@@ -48,22 +48,22 @@ def predict(
     score_threshold: float = 0.5,
     on_error: Literal["raise", "skip"] = "raise",
 ) -> list[DataError]:
-    """Detect in each image, and write the detections as a drawing and as JSON.
+    """Detect in each image, draw the detections, and write the drawing and the detections as JSON.
 
     Args:
         model: in evaluation mode.
         categories: label k is `categories[k - 1]`.
         images: files, from `find_images`.
         output: a folder, created if it does not exist; None writes beside each image.
-        score_threshold: the lowest score that is written.
+        score_threshold: detections with a lower score are left out.
         on_error: "raise" stops at an unreadable image, "skip" leaves it out.
 
     Returns:
-        One error for each image left out; it names the file.
+        One error, which names the file, for each image that was left out.
 
     Raises:
-        DataError: An image is unreadable, unless `on_error` is "skip".
-        ValueError: Two images have the same output file.
+        DataError: an image is unreadable, unless `on_error` is "skip".
+        ValueError: two images have the same output file.
     """
     targets = _targets(images, output)
     if output is not None:
@@ -91,7 +91,7 @@ def find_images(paths: Iterable[Path]) -> list[Path]:
     """The image files to detect in, without duplicates and without output files of `predict`.
 
     Args:
-        paths: files, and folders, whose images are taken but not those of their subfolders.
+        paths: files, and folders; of a folder, all images are taken, without those of subfolders.
     """
     images = []
     for path in paths:
@@ -99,11 +99,11 @@ def find_images(paths: Iterable[Path]) -> list[Path]:
             images += sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
         else:
             images.append(path)
-    return [image for image in dict.fromkeys(images) if not image.stem.endswith(MARK)]
+    return [image for image in dict.fromkeys(images) if not image.stem.endswith(OUTPUT_MARK)]
 
 
 def describe(detections: Detections, categories: Sequence[Category], name: str) -> dict[str, Any]:
-    """One image's detections as JSON content: the fields of COCO's results, and the names of categories.
+    """Describe one image's detections for JSON: the fields of COCO's results, and the names of categories.
 
     Args:
         detections: in pixels of the image.
@@ -120,7 +120,7 @@ def _targets(images: Iterable[Path], output: Path | None) -> dict[Path, Path]:
     """The output path of each image, without a suffix."""
     sources: dict[Path, Path] = {}
     for image in images:
-        target = (output or image.parent) / (image.stem + MARK)
+        target = (output or image.parent) / (image.stem + OUTPUT_MARK)
         if target in sources:
             raise ValueError(f"images: expected one for {target}, got {sources[target]} and {image}")
         sources[target] = image
@@ -128,7 +128,7 @@ def _targets(images: Iterable[Path], output: Path | None) -> dict[Path, Path]:
 
 
 def main(config: PredictConfig) -> None:
-    """Detect in the images that the command line names, and exit with an error if any was left out."""
+    """Detect in the configured images, and exit with an error if there are none or any was left out."""
     images = find_images(config.images)
     if not images:
         sys.exit(f"images: expected images or folders with some, got none in {[*map(str, config.images)]}")

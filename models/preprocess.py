@@ -1,4 +1,4 @@
-"""Preprocessing: images are resized, normalised and padded to a batch that the backbone reads."""
+"""Preprocessing: images are resized, normalised and padded to a batch, the input of the backbone."""
 
 from __future__ import annotations
 
@@ -21,14 +21,25 @@ class ImageBatch(NamedTuple):
 
 
 def resized_shape(height: int, width: int, min_size: int, max_size: int) -> tuple[int, int]:
-    """Height and width scaled so that the shorter side is `min_size`, or the longer one `max_size` if that is less."""
+    """Height and width of an image after `resize`, which keeps the aspect ratio up to rounding.
+
+    Args:
+        height, width: of the image, in pixels.
+        min_size: length of the shorter side, in pixels.
+        max_size: largest length of the longer side, in pixels, which takes precedence.
+    """
     scale = min(min_size / min(height, width), max_size / max(height, width))
     return max(round(height * scale), 1), max(round(width * scale), 1)
 
 
 @mark("preprocess")
 def resize(image: Tensor, min_size: int, max_size: int) -> Tensor:
-    """Resize an image `[3, H, W]` to `resized_shape`, bilinearly and with antialiasing."""
+    """Resize an image to `resized_shape`, bilinearly and with antialiasing.
+
+    Args:
+        image: `[3, H, W]`.
+        min_size, max_size: as for `resized_shape`.
+    """
     shape = resized_shape(image.shape[-2], image.shape[-1], min_size, max_size)
     return image if image.shape[-2:] == shape else functional.resize(image, list(shape), antialias=True)
 
@@ -38,11 +49,11 @@ def batch(images: Sequence[Tensor], config: InputConfig) -> ImageBatch:
     """Normalise images and pad them, at the right and the bottom, to one size that the strides divide.
 
     Args:
-        images: uint8 RGB, `[3, H, W]` each, on the device where the batch is to be.
+        images: uint8 RGB, `[3, H, W]` each, all on one device.
         config: mean, standard deviation, order of channels, divisor.
 
     Returns:
-        The padded images and their sizes.
+        The padded images and their sizes, on that device.
 
     Raises:
         ValueError: there is no image, or one is not uint8 `[3, H, W]`.
@@ -67,14 +78,17 @@ def batch(images: Sequence[Tensor], config: InputConfig) -> ImageBatch:
 
 
 def preprocess(images: Sequence[Tensor], config: InputConfig, device: torch.device) -> ImageBatch:
-    """Move images to a device, `resize` them by the config and `batch` them.
+    """Move images to a device, `resize` them to the configured size and `batch` them.
 
     Args:
         images: uint8 RGB, `[3, H, W]` each, of any sizes and on any device.
         config: sizes, and the arguments of `batch`.
-        device: where to work.
+        device: where the images are resized.
 
     Returns:
-        The padded images and their sizes.
+        The padded images and their sizes, on `device`.
+
+    Raises:
+        ValueError: as for `batch`.
     """
     return batch([resize(image.to(device), config.min_size, config.max_size) for image in images], config)

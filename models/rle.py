@@ -10,7 +10,7 @@ from pycocotools import mask as coco_mask
 from models.marks import mark
 from models.structures import Detections
 
-# The most memory for pasted masks at a time: 31 masks of 800 x 1333, where an image has up to 100.
+# Memory for the masks that are pasted at once: 31 masks of 800 x 1333, of the up to 100 of an image.
 PASTE_BYTES = 32 * 2**20
 
 

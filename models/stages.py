@@ -1,6 +1,6 @@
-"""Stages of training: what each one trains, which losses count, and its learning-rate schedule.
+"""Stages of training: which parameters each one trains, on which losses, with which learning-rate schedule.
 
-`models.train` runs a list of stages. Alternating and stage-wise training are longer lists, not other loops.
+`models.train` runs a list of stages. End-to-end training is a list of one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Schedule:
     """Linear warm-up of the learning rate, then a step decay. Iterations count from the start of the stage."""
 
     iterations: int
-    steps: tuple[int, ...]  # iterations from which the rate is multiplied by `gamma` once more
+    steps: tuple[int, ...]  # at each of these iterations, the rate is multiplied by `gamma`
     gamma: float
     warmup: int  # iterations from `warmup_factor` to the full rate; 0 starts with the full rate
     warmup_factor: float
@@ -39,7 +39,7 @@ class Stage:
     name: str
     schedule: Schedule
     trainable: tuple[str, ...] = ALL  # prefixes of parameter names; what the model's config freezes stays frozen
-    losses: tuple[str, ...] = ALL  # prefixes of loss names; every trainable parameter needs a loss that counts
+    losses: tuple[str, ...] = ALL  # prefixes of loss names; each trainable parameter needs a gradient from one
 
     def set_trainable(self, parameters: Mapping[str, nn.Parameter]) -> list[nn.Parameter]:
         """Enable gradients for the parameters of this stage and disable them for the others.
@@ -51,7 +51,7 @@ class Stage:
             The trainable parameters, in the given order.
 
         Raises:
-            ValueError: A prefix in `trainable` matches no parameter.
+            ValueError: a prefix in `trainable` matches no parameter.
         """
         _check_prefixes("trainable", self.trainable, list(parameters))
         for name, parameter in parameters.items():
@@ -59,17 +59,17 @@ class Stage:
         return [parameter for parameter in parameters.values() if parameter.requires_grad]
 
     def select_losses(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The losses that count in this stage, by name.
+        """The losses that this stage trains on, by name.
 
         Raises:
-            ValueError: A prefix in `losses` matches no loss.
+            ValueError: a prefix in `losses` matches no loss.
         """
         _check_prefixes("losses", self.losses, list(losses))
         return {name: loss for name, loss in losses.items() if name.startswith(self.losses)}
 
 
 def end_to_end(solver: SolverConfig) -> tuple[Stage, ...]:
-    """Everything at once, with all losses (§3.1): a single stage."""
+    """A single stage that trains all parameters on all losses (§3.1), with the schedule of `solver`."""
     schedule = Schedule(
         iterations=solver.iterations,
         steps=solver.steps,

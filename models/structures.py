@@ -1,4 +1,4 @@
-"""Inputs and outputs of a detector. Boxes are `(x1, y1, x2, y2)` in continuous pixel coordinates, x2, y2 exclusive."""
+"""Inputs and outputs of a detector. Boxes are x1, y1, x2, y2 in continuous coordinates: pixel i covers [i, i + 1]."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from models.marks import mark
 
 @dataclass
 class _Tensors:
-    """Base of dataclasses whose tensors are moved and indexed together."""
+    """Base class of dataclasses whose tensors are moved and indexed together."""
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """A copy with `Tensor.to(*args, **kwargs)` of every tensor. A dtype would convert integer labels too."""
+        """A copy with `Tensor.to` applied to every tensor. A dtype would convert integer labels too."""
         return self._map(lambda tensor: tensor.to(*args, **kwargs))
 
     def pin_memory(self) -> Self:
@@ -31,7 +31,7 @@ class _Tensors:
 
 @dataclass(frozen=True)
 class Category:
-    """A class of a data set, with the names of its keypoints and the pairs of them (from 0) that a skeleton joins."""
+    """A class of objects. The skeleton is the pairs of keypoints, counted from 0, to connect in a drawing."""
 
     id: int
     name: str
@@ -45,14 +45,14 @@ class Target(_Tensors):
 
     boxes: Tensor  # [G, 4] float32, without crowd regions
     labels: Tensor  # [G] int64, 1..classes
-    crowds: Tensor  # [C, 4] float32: regions of many objects, in which proposals are not taken as background
+    crowds: Tensor  # [C, 4] float32: regions of many objects, which are no background
     masks: Tensor | None = None  # [G, H, W] uint8, 0 or 1
     keypoints: Tensor | None = None  # [G, P, 3] float32: x, y and COCO's visibility, 0 where unlabelled
     image_id: int = 0
 
 
 class Proposals(NamedTuple):
-    """Proposals of a batch in fixed shapes: image b has `counts[b]`, then zeros. Pixels of the padded images."""
+    """Proposals of a batch in fixed shapes, in pixels of the padded images; zero after the first `counts[b]`."""
 
     boxes: Tensor  # [B, P, 4] float32, by descending score
     counts: Tensor  # [B] int64
@@ -64,11 +64,14 @@ class Proposals(NamedTuple):
 
 @dataclass
 class PaddedDetections(_Tensors):
-    """Detections of a batch in fixed shapes: image b has `counts[b]`, then zeros. Pixels of the padded images."""
+    """Detections of a batch in fixed shapes, in pixels of the padded images.
+
+    Image b has `counts[b]` detections. Boxes, scores and labels are zero in the slots after them.
+    """
 
     boxes: Tensor  # [B, D, 4] float32
     scores: Tensor  # [B, D], descending
-    labels: Tensor  # [B, D] int64, 1..classes; 0 in empty slots
+    labels: Tensor  # [B, D] int64, 1..classes
     counts: Tensor  # [B] int64
     masks: Tensor | None = None  # [B, D, m, m], probabilities inside the box
     heatmaps: Tensor | None = None  # [B, D, P, h, h], logits inside the box

@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 8 -m models.train R-50-FPN --data.root COCO --output runs/x
 
 Every field of `models.config.TrainConfig` is an option; `python -m models.train R-50-FPN --help` lists them with the
-preset's values. Without `--data.root`, a data set of shapes is generated to train on.
+values of the preset. Without `--data.root`, a data set of shapes is generated.
 """
 
 from __future__ import annotations
@@ -16,13 +16,11 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 
 import torch
 import tyro
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torchvision.models import get_model_weights
 
 from models import distributed, preprocess
 from models.coco_eval import Metrics, evaluate
@@ -36,18 +34,11 @@ from models.stages import Stage, end_to_end, total_iterations
 from models.structures import Category, Target
 from models.train_log import TrainLog
 from models.weights import checkpoint
+from models.weights.torchvision import download_backbone
 
 LAST = "last.pth"  # the weights and the state of training, for --resume
 FINAL = "model.pth"
-REFERENCE_BATCH = 16  # images in a step, for which `SolverConfig.lr` is given (§3.1)
-IMAGENET = {  # torchvision's names by depth, groups and width per group
-    (18, 1, 64): "resnet18",
-    (34, 1, 64): "resnet34",
-    (50, 1, 64): "resnet50",
-    (101, 1, 64): "resnet101",
-    (101, 64, 4): "resnext101_64x4d",
-    (101, 32, 8): "resnext101_32x8d",
-}
+REFERENCE_BATCH = 16  # the number of images in a step that `SolverConfig.lr` is for (§3.1)
 
 
 class NonFiniteLossError(RuntimeError):
@@ -55,13 +46,16 @@ class NonFiniteLossError(RuntimeError):
 
 
 def train(config: TrainConfig) -> None:
-    """Train in this process, or in all that `torchrun` has started, and write `model.pth` into `config.output`.
+    """Train in this process, or in all processes of a `torchrun`, and write `model.pth` into `config.output`.
+
+    Args:
+        config: of the run. Its numbers of classes and keypoints are replaced by those of the data set.
 
     Raises:
-        FileExistsError: The output folder has a checkpoint and `config.resume` is not set.
-        DataError: Bad data, unless `config.on_error` is "skip".
-        NonFiniteLossError: A loss or the gradient is not finite.
-        ValueError: The weights or the checkpoint do not fit the model or this run.
+        FileExistsError: the output folder has a checkpoint and `config.resume` is not set.
+        DataError: bad data, unless `config.on_error` is "skip".
+        NonFiniteLossError: a loss or the gradient is not finite.
+        ValueError: the weights or the checkpoint do not fit the model or this run.
     """
     solver, last = config.solver, config.output / LAST
     if last.exists() and not config.resume:
@@ -100,7 +94,7 @@ def train(config: TrainConfig) -> None:
                 log.step(done, rate)
                 if done % solver.evaluate_every == 0 or done == total:
                     log.metrics(done, evaluate_held_out(model, dataset.categories, held_out, config))
-                # After the evaluation: a run that is killed while it evaluates does so again when it is resumed.
+                # After the evaluation: a run that is killed during an evaluation repeats it when resumed
                 if done % solver.checkpoint_every == 0 or done == total:
                     state = Progress(progress.stage, iteration + 1, learner.optimizer.state_dict())
                     save(last, model, dataset.categories, order=image_order(solver), **vars(state))
@@ -114,11 +108,11 @@ def train(config: TrainConfig) -> None:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come. A checkpoint holds these fields."""
+    """The progress of a run; a checkpoint holds these fields."""
 
     stage: int = 0  # index in the list of stages
-    iteration: int = 0  # iterations of this stage that are done
-    optimizer: dict[str, Any] | None = None  # its state; None at the start of a stage
+    iteration: int = 0  # number of iterations of this stage that are done
+    optimizer: dict[str, Any] | None = None  # its state dict; None at the start of a stage
 
 
 class Learner:
@@ -130,7 +124,7 @@ class Learner:
         """Create the optimiser of the stage's trainable parameters.
 
         Args:
-            model: in training mode, on the device to train on. The stage's choice of trainable parameters is applied.
+            model: in training mode, on the device to train on. The stage enables and disables gradients in it.
             stage: what to train.
             learnable: the parameters that the model's config does not freeze, by name.
             config: of the run.
@@ -145,18 +139,18 @@ class Learner:
         self.network = DistributedDataParallel(model) if distributed.world() > 1 else model
 
     def step(self, batches: Sequence[Batch], lr: float, iteration: int) -> list[dict[str, float]]:
-        """Accumulate the mean gradient of some mini-batches and update the weights.
+        """Update the weights by the mean gradient of several mini-batches.
 
         Args:
             batches: at least one.
             lr: the learning rate.
-            iteration: named in errors.
+            iteration: the index of this step, for errors.
 
         Returns:
             The losses of each mini-batch, by name.
 
         Raises:
-            NonFiniteLossError: A loss or the gradient is not finite. The weights are as before.
+            NonFiniteLossError: a loss or the gradient is not finite. The weights are not changed.
         """
         losses = [self._backward(batch, len(batches), iteration) for batch in batches]
         # With several processes, the gradient is already their mean: if it is not finite, all of them stop.
@@ -169,7 +163,7 @@ class Learner:
         return losses
 
     def _backward(self, batch: Batch, num_batches: int, iteration: int) -> dict[str, float]:
-        """Add the gradient of a mini-batch's losses, divided by the number of mini-batches; returns the losses."""
+        """Add a mini-batch's gradient, divided by the number of mini-batches, and return the mini-batch's losses."""
         amp = self.solver.amp and self.device.type == "cuda"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=amp):
             losses = self.stage.select_losses(self.network(*to_device(batch, self.input, self.device)))
@@ -185,11 +179,12 @@ def start_from(model: MaskRCNN, weights: str | None) -> None:
 
     Args:
         model: newly constructed.
-        weights: "imagenet" for torchvision's weights of the backbone, which are downloaded once; a file; or None.
+        weights: "imagenet" for torchvision's weights of the backbone, which are downloaded once; a file; or None for
+            random weights.
 
     Raises:
-        ValueError: The file does not fit the model, the download fails, or `weights` is None and the model has
-            frozen layers, which would stay random.
+        ValueError: the file does not fit the model, the download fails, or `weights` is None and the model has frozen
+            layers, which would stay random.
     """
     backbone = model.config.backbone
     if weights is None:
@@ -199,39 +194,24 @@ def start_from(model: MaskRCNN, weights: str | None) -> None:
                 " --model.backbone.frozen-stages 0: frozen layers need trained weights"
             )
         return
-    path = download_imagenet(model) if weights == "imagenet" else Path(weights)
+    path = download_backbone(backbone) if weights == "imagenet" else Path(weights)
     differences = checkpoint.load_weights(model, path)
     distributed.say(f"weights: {path}\n{differences}")
-
-
-def download_imagenet(model: MaskRCNN) -> Path:
-    """The file of torchvision's ImageNet weights for the model's backbone; the first process downloads it.
-
-    Raises:
-        ValueError: The download fails.
-    """
-    backbone = model.config.backbone
-    published = get_model_weights(IMAGENET[backbone.depth, backbone.groups, backbone.width_per_group])["IMAGENET1K_V1"]
-    path = Path(torch.hub.get_dir(), "checkpoints", Path(published.url).name)
-    try:
-        if distributed.rank() == 0 and not path.exists():
-            published.get_state_dict(progress=True, check_hash=True)
-    except URLError as error:
-        raise ValueError(f"weights: expected {published.url} or --weights FILE, got {error}") from error
-    distributed.barrier()
-    return path
 
 
 def resume(model: MaskRCNN, path: Path, order: dict[str, int]) -> Progress:
     """Load a run's last checkpoint.
 
     Args:
-        model: receives the weights.
+        model: its weights are replaced.
         path: of the checkpoint.
         order: from `image_order`, of this run.
 
+    Returns:
+        The progress of the run when the checkpoint was written.
+
     Raises:
-        ValueError: There is no checkpoint, or it is of another model or of a run with another order of images.
+        ValueError: there is no checkpoint, or it is of another model or of a run with another order of images.
     """
     if not path.exists():
         raise ValueError(f"resume: expected {path}, got no such file")
@@ -242,7 +222,7 @@ def resume(model: MaskRCNN, path: Path, order: dict[str, int]) -> Progress:
 
 
 def image_order(solver: SolverConfig) -> dict[str, int]:
-    """The settings on which the order of the images depends: a resumed run must have the same."""
+    """The settings that determine the order of the images; a resumed run must have the same."""
     return {
         "seed": solver.seed,
         "processes": distributed.world(),
@@ -252,12 +232,26 @@ def image_order(solver: SolverConfig) -> dict[str, int]:
 
 
 def seed_iteration(seed: int, iteration: int, total: int) -> None:
-    """Seed the global generator for one iteration of this process, so that checkpoints need not store its state."""
+    """Seed the global generator for one iteration, so that checkpoints need not store its state.
+
+    Args:
+        seed: of the run.
+        iteration: over all stages, from 0.
+        total: the number of iterations of all stages, so that runs with different seeds share no state.
+    """
     torch.manual_seed((seed * total + iteration) * distributed.world() + distributed.rank())
 
 
 def scaled_learning_rate(solver: SolverConfig, device: torch.device) -> float:
-    """Scale `solver.lr` in proportion to the number of images in a step, and print it."""
+    """Scale `solver.lr` in proportion to the number of images in a step, and print it.
+
+    Args:
+        solver: learning rate, images in a step.
+        device: the kind of device to print.
+
+    Returns:
+        The learning rate for `images_per_gpu * processes * accumulate` images.
+    """
     world = distributed.world()
     images = solver.images_per_gpu * world * solver.accumulate
     lr = solver.lr * images / REFERENCE_BATCH
@@ -268,7 +262,13 @@ def scaled_learning_rate(solver: SolverConfig, device: torch.device) -> float:
 
 
 def training_batches(dataset: CocoDataset, config: TrainConfig, iteration: int) -> Iterator[Batch]:
-    """This process's mini-batches from an iteration on, without end."""
+    """This process's mini-batches, without end.
+
+    Args:
+        dataset: opened for training.
+        config: of the run.
+        iteration: the first one to yield mini-batches for, from 0.
+    """
     solver = config.solver
     loader = train_loader(
         dataset,
@@ -284,25 +284,53 @@ def training_batches(dataset: CocoDataset, config: TrainConfig, iteration: int) 
 
 
 def to_device(batch: Batch, config: InputConfig, device: torch.device) -> tuple[Tensor, Tensor, list[Target]]:
-    """The arguments of `MaskRCNN.forward` on a device: padded images, their sizes before padding, and targets."""
+    """Move a mini-batch to a device, and normalise and pad the images there.
+
+    Args:
+        batch: from `training_batches`.
+        config: of the model's input.
+        device: of the model.
+
+    Returns:
+        The arguments of `MaskRCNN.forward`: padded images, their sizes before padding, and targets.
+    """
     images, sizes = preprocess.batch([image.to(device, non_blocking=True) for image in batch.images], config)
     return images, sizes, [target.to(device, non_blocking=True) for target in batch.targets]
 
 
 def check_finite(values: Mapping[str, float], iteration: int, batches: Sequence[Batch]) -> None:
-    """Raise a `NonFiniteLossError` if a value is NaN or infinite."""
+    """Check that losses and the norm of the gradient are finite.
+
+    Args:
+        values: by name.
+        iteration: the index of the step, from 0.
+        batches: the mini-batches that gave the values.
+
+    Raises:
+        NonFiniteLossError: a value is NaN or infinite. The error names the images and all values.
+    """
     if not all(map(math.isfinite, values.values())):
         image_ids = [target.image_id for batch in batches for target in batch.targets]
         raise NonFiniteLossError(
-            f"iteration {iteration}: {values} of images {image_ids}; the weights were not updated, and the last"
-            " checkpoint is good"
+            f"iteration {iteration}: expected finite values, got {values} of images {image_ids}; the weights were not"
+            " updated, and the last checkpoint is intact"
         )
 
 
 def evaluate_held_out(
     model: MaskRCNN, categories: Sequence[Category], held_out: CocoDataset, config: TrainConfig
 ) -> Metrics:
-    """Average precision on the held-out images, with the batch-norm statistics of the first process in all."""
+    """Evaluate during training. All processes take over the batch-norm statistics of the first one.
+
+    Args:
+        model: in training mode, to which it returns.
+        categories: of the model's labels 1, 2, ...
+        held_out: the data set to evaluate on.
+        config: of the run.
+
+    Returns:
+        As for `models.coco_eval.evaluate`.
+    """
     distributed.broadcast_buffers(model)
     model.eval()
     metrics = evaluate(model, categories, held_out, config.data, config.output, amp=config.solver.amp)
@@ -311,7 +339,7 @@ def evaluate_held_out(
 
 
 def save(path: Path, model: MaskRCNN, categories: Sequence[Category], **training: Any) -> None:
-    """Write a checkpoint, in the first process only."""
+    """Write a checkpoint in the first process; arguments as for `models.weights.checkpoint.save`."""
     if distributed.rank() == 0:
         checkpoint.save(path, model, categories, **training)
 

@@ -16,15 +16,15 @@ from models.distributed import rank, world
 
 
 class TrainLog:
-    """Losses and speed, averaged over `solver.log_every` iterations. Only the first process writes."""
+    """Losses and speed, averaged over `solver.log_every` iterations, and metrics. Only the first process writes."""
 
     def __init__(self, config: TrainConfig, iterations: int, start: int) -> None:
-        """Open the log in `config.output`. A resumed run continues it; later entries of its earlier part are dropped.
+        """Open the log in `config.output`. A resumed run continues it after iteration `start`; later lines are dropped.
 
         Args:
             config: of the run; written to `config.json`.
             iterations: of all stages.
-            start: iterations that are done.
+            start: number of iterations that are done.
         """
         self.every = config.solver.log_every
         self.images_per_batch = config.solver.images_per_gpu * world()
@@ -57,10 +57,10 @@ class TrainLog:
             self.sums[name] = self.sums.get(name, 0.0) + value
 
     def step(self, iteration: int, lr: float) -> None:
-        """Finish an iteration, counted from 1; every `solver.log_every` iterations, write the averages.
+        """Finish an iteration; every `solver.log_every` iterations, write the averages.
 
         Args:
-            iteration: that is done.
+            iteration: the one that is finished, counted from 1.
             lr: its learning rate.
         """
         self.bar.update()
@@ -73,7 +73,7 @@ class TrainLog:
         self._reset()
 
     def metrics(self, iteration: int, metrics: Metrics) -> None:
-        """Write the result of an evaluation."""
+        """Write the result of an evaluation after an iteration, counted from 1."""
         for task, values in metrics.items():
             self._write(iteration, task, values)
         if not self.quiet:

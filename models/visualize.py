@@ -20,14 +20,14 @@ from models.structures import Category, Detections
 Colour = tuple[int, int, int]
 Rectangle = tuple[float, float, float, float]
 
-# Images whose geometric mean of height and width is smaller, in pixels, are enlarged, so that text is legible.
+# In pixels. Images with a smaller geometric mean of height and width are enlarged, so that text is legible.
 LEGIBLE_SIZE = 480
 
 MASK_ALPHA = 0.45
 
 
 def draw(image: Tensor, detections: Detections, categories: Sequence[Category]) -> Tensor:
-    """Draw detections on a copy of their image, the best on top.
+    """Draw detections on a copy of their image, the highest-scoring on top.
 
     Args:
         image: `[3, H, W]` uint8 RGB.
@@ -35,10 +35,10 @@ def draw(image: Tensor, detections: Detections, categories: Sequence[Category]) 
         categories: label k is `categories[k - 1]`.
 
     Returns:
-        `[3, zoom * H, zoom * W]` uint8; `zoom` is 1, or a larger integer for small images.
+        `[3, zoom * H, zoom * W]` uint8 RGB on the CPU; `zoom` is 1, or a larger integer for small images.
 
     Raises:
-        ValueError: The image is not uint8 `[3, H, W]`, or not of the size that the detections are for.
+        ValueError: the image is not uint8 `[3, H, W]`, or not of the size that the detections are for.
     """
     if image.dtype != torch.uint8 or image.ndim != 3 or len(image) != 3:
         raise ValueError(f"image: expected uint8 [3, H, W], got {image.dtype} {list(image.shape)}")
@@ -88,7 +88,7 @@ def _enlarge(image: Tensor, detections: Detections) -> tuple[Tensor, Detections]
 
 
 def _colour(index: int) -> Colour:
-    """A colour whose hue is a golden section away from the previous index's, so that neighbours in rank differ."""
+    """A colour. From one index to the next, the hue turns by the golden angle, so that neighbours in rank differ."""
     red, green, blue = colorsys.hsv_to_rgb(index * (math.sqrt(5) - 1) / 2 % 1, 0.85, 1.0)
     return round(255 * red), round(255 * green), round(255 * blue)
 
@@ -131,7 +131,7 @@ def _draw_label(
     font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
     taken: Sequence[Rectangle],
 ) -> Rectangle:
-    """Write text on a plate in the box's colour: above, inside or below the box, where it covers no other plate.
+    """Write text on a plate in the box's colour: above, inside or below the box, so that it covers no other plate.
 
     Returns:
         The plate.

@@ -1,1 +1,1 @@
-"""Data sets in COCO's format: reading, augmentation, batches, and generated images."""
+"""Data sets in COCO's format: reading, augmentation, batches, and generation."""

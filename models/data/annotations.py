@@ -1,4 +1,4 @@
-"""Reading and checking COCO's JSON. Every field in use is well-formed and lies in its image, or is reported."""
+"""Reading and checking COCO's JSON. Fields in use that are malformed or lie outside their image are reported."""
 
 from __future__ import annotations
 
@@ -16,15 +16,19 @@ from models.structures import Category
 
 Entry = dict[str, Any]  # an object of the JSON
 
-# Pixels by which an annotation may exceed its image, since tools round differently. Boxes are clipped later.
+# The number of pixels by which an annotation may exceed its image, since tools round differently. Boxes are clipped
+# later.
 TOLERANCE = 2.0
 
 
 def load(path: Path) -> dict[str, list[Entry]]:
     """Read the lists of images, annotations and categories of a file.
 
+    Args:
+        path: of the JSON file.
+
     Raises:
-        DataError: The file does not exist, is not JSON, or is not in COCO's format.
+        DataError: the file does not exist, is not JSON, or is not in COCO's format.
     """
     try:
         content = json.loads(path.read_bytes())
@@ -46,8 +50,12 @@ def check_categories(entries: list[Entry], path: Path) -> tuple[Category, ...]:
 
     Errors are never skipped, because no label could be trusted then.
 
+    Args:
+        entries: as in the file.
+        path: of the file, for errors.
+
     Raises:
-        DataError: An id, a name, a list of keypoints or a skeleton is malformed, or an id is not unique.
+        DataError: an id, a name, a list of keypoints or a skeleton is malformed, or an id is not unique.
     """
     categories: dict[int, Category] = {}
     for position, entry in enumerate(entries):
@@ -75,7 +83,19 @@ def _skeleton(pairs: Any, num_keypoints: int) -> tuple[tuple[int, int], ...]:
 
 
 def check_images(entries: list[Entry], path: Path, problems: Problems) -> dict[int, Entry]:
-    """The usable images by id, each with its id, file name, width and height. Bad ones go to `problems`."""
+    """Check the images.
+
+    Args:
+        entries: as in the file.
+        path: of the file, for errors.
+        problems: receives the bad images.
+
+    Returns:
+        The usable images by id, each with only its id, file name, width and height.
+
+    Raises:
+        DataError: an image is bad and `problems` does not skip it.
+    """
     images: dict[int, Entry] = {}
     for position, entry in enumerate(entries):
         try:
@@ -102,16 +122,22 @@ def check_annotations(
     masks: bool,
     num_keypoints: int,
 ) -> dict[int, list[Entry]]:
-    """The usable annotations of each image by the image's id, with only the fields in use.
+    """Check the annotations.
 
     Args:
         entries: as in the file.
-        path: of the file.
+        path: of the file, for errors.
         problems: receives the bad annotations.
         images: from `check_images`.
         categories: from `check_categories`.
         masks: whether segmentations are used.
         num_keypoints: the number of keypoints of an object; 0 if keypoints are not used.
+
+    Returns:
+        The usable annotations of each image by the image's id, with only the fields in use.
+
+    Raises:
+        DataError: an annotation is bad and `problems` does not skip it.
     """
     annotations: dict[int, list[Entry]] = {id: [] for id in images}
     category_ids = {category.id for category in categories}
@@ -134,7 +160,12 @@ def check_annotations(
 
 
 def to_rle(segmentation: Any, height: int, width: int) -> Any:
-    """Convert polygons, an uncompressed or a compressed RLE to COCO's compressed RLE of an image of this size."""
+    """Convert a segmentation to COCO's compressed RLE.
+
+    Args:
+        segmentation: polygons, uncompressed RLE or compressed RLE, as in the file.
+        height, width: of the image, in pixels.
+    """
     if isinstance(segmentation, list):
         return coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
     if isinstance(segmentation["counts"], list):
@@ -143,7 +174,7 @@ def to_rle(segmentation: Any, height: int, width: int) -> Any:
 
 
 def _checked(entry: Entry, image: Entry, masks: bool, num_keypoints: int) -> Entry:
-    """The fields in use of one annotation, checked; missing ones that can be derived are filled in."""
+    """Check the fields in use of one annotation, and fill in missing ones that can be derived."""
     height, width = image["height"], image["width"]
     used = {name: entry[name] for name in ("id", "image_id", "category_id")}
     used["iscrowd"] = int(bool(entry.get("iscrowd", 0)))  # other tools often omit it, and the area
@@ -167,9 +198,8 @@ def _box(box: Any, height: int, width: int) -> list[float]:
     if w <= 0 or h <= 0:
         raise DataError("zero-area box", f"bbox: expected a positive width and height, got {box}")
     inside = _within([x, x + w], width) and _within([y, y + h], height)
-    if (
-        not inside or x >= width or y >= height or x + w <= 0 or y + h <= 0
-    ):  # a box beyond the edge may be within the tolerance
+    overlaps = x < width and y < height and x + w > 0 and y + h > 0  # a box within the tolerance may be outside
+    if not inside or not overlaps:
         raise DataError("outside the image", f"bbox: expected it in {width} x {height} pixels, got {box}")
     return box
 
@@ -211,7 +241,7 @@ def _keypoints(keypoints: Any, num_keypoints: int, height: int, width: int) -> l
 
 
 def _numbers(name: str, values: Any, count: int | None = None) -> list[float]:
-    try:  # the cheapest check of all values: their sum is a finite number only if each value is
+    try:  # the cheapest check of all values: the sum is finite only if each value is a finite number
         if isinstance(values, list) and len(values) == (count or len(values)) and math.isfinite(sum(values)):
             return values
     except (TypeError, OverflowError):

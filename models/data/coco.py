@@ -23,14 +23,14 @@ from models.data.image_io import read_image
 from models.data.problems import DataError, Problems
 from models.structures import Target
 
-# COCO's keypoints are pixel indices. Here, keypoints and boxes are in continuous coordinates: the centre of pixel i is
-# at i + 0.5. The offset is added on reading, and subtracted from keypoints that are written in COCO's format.
+# COCO's keypoints are pixel indices. Targets and detections are in continuous coordinates, where the centre of pixel i
+# is at i + 0.5. The offset is added on reading and subtracted on writing in COCO's format.
 PIXEL_CENTRE = 0.5
 
 
 @contextlib.contextmanager
 def _no_garbage() -> Iterator[None]:
-    """Disable Python's garbage collector, which would traverse millions of new objects again and again."""
+    """Disable Python's garbage collector, which would repeatedly traverse millions of new objects."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -48,7 +48,7 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
 
     Attributes:
         categories: in the order of their ids; label k is `categories[k - 1]`.
-        keypoint_names: of the category that has keypoints; empty unless `keypoints` is set.
+        keypoint_names: of the categories with keypoints, which all have the same; empty unless `keypoints` is set.
         image_ids: COCO's id of each image.
         sizes: `[N, 2]` int64, (height, width) of each image.
         unannotated: number of images left out of training because nothing can be learnt from them.
@@ -73,13 +73,13 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
             root: folder of the data set.
             split: such as "train2017": the folder of the images, and the end of the annotation file's name.
             annotations: the beginning of the annotation file's name.
-            training: leave out images without an annotation to learn from, as is usual for COCO.
+            training: whether to leave out images without an annotation to learn from, as is usual for COCO.
             masks: whether targets have masks.
             keypoints: whether targets have keypoints.
             on_error: "raise" stops at bad annotations and images; "skip" leaves them out and counts them.
 
         Raises:
-            DataError: The file is missing or not in COCO's format, no image is left, or `on_error` is "raise" and an
+            DataError: the file is missing or not in COCO's format, no image is left, or `on_error` is "raise" and an
                 annotation is bad.
         """
         self.folder = Path(root) / split
@@ -116,18 +116,22 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         """Read an image, uint8 RGB `[3, H, W]`, and its ground truth in pixels of the image.
 
         Raises:
-            DataError: The image is missing, damaged, or not of the annotated size.
+            DataError: the image is missing, damaged, or not of the annotated size.
         """
         entry, annotations = self._entries[index]
         return self._read(entry), self._target(entry, annotations)
 
     def image(self, index: int) -> Tensor:
-        """Read an image without its ground truth; otherwise the same as `dataset[index]`."""
+        """Read an image without its ground truth.
+
+        Raises:
+            DataError: as for `dataset[index]`.
+        """
         return self._read(self._entries[index][0])
 
     @_no_garbage()
     def ground_truth(self) -> COCO:
-        """The images and their usable annotations as a pycocotools object, for its evaluation."""
+        """The images and their usable annotations as a pycocotools object, for `COCOeval`."""
         entries = [self._entries[index] for index in range(len(self))]
         coco: Any = COCO()
         coco.dataset = {
@@ -140,7 +144,7 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         return coco
 
     def summary(self) -> str:
-        """Text of the number of images, of images left out, and of bad data by kind."""
+        """Text with the number of images, the number of images left out, and the bad data by kind."""
         left_out = f", {self.unannotated} with nothing to learn from left out" if self.unannotated else ""
         return f"{self.path}: {len(self)} images{left_out}; {self.problems.summary()}"
 
@@ -190,8 +194,8 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
 class _Packed:
     """A read-only list of Python objects, pickled into one tensor.
 
-    Worker processes share the tensor's memory. They would copy ordinary objects: reading one changes its reference
-    count, which writes to the shared page.
+    Worker processes share the tensor's memory. Ordinary objects would be copied into each process, because reading one
+    changes its reference count, which writes to the shared page.
     """
 
     def __init__(self, values: Iterable[Any]) -> None:

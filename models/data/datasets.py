@@ -1,4 +1,4 @@
-"""Opening a data set, and fitting a model to it."""
+"""Opening a data set, adapting a model to it, and checking that a model fits it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from models.data.synthetic.shapes import ShapesConfig, ensure
 from models.distributed import barrier, rank
 from models.structures import Category
 
-SHAPES = Path("runs/shapes")  # the generated data set, where no other is given
+SHAPES = Path("runs/shapes")  # the generated data set, which is used if no other is given
 
 
 def open_dataset(
@@ -25,10 +25,10 @@ def open_dataset(
         data: where the data set is.
         model: targets have masks and keypoints if the model has branches for them.
         on_error: "raise" stops at bad data; "skip" leaves it out and counts it.
-        training: opens `data.train`, without the images that have nothing to learn from; otherwise `data.val`.
+        training: whether to open `data.train`, without images that have nothing to learn from, instead of `data.val`.
 
     Raises:
-        DataError: The annotations are missing or malformed (see `CocoDataset`).
+        DataError: the annotations are missing or malformed, as for `CocoDataset`.
     """
     root = data.root
     if root is None:
@@ -48,7 +48,15 @@ def open_dataset(
 
 
 def adapt_to_dataset(config: ModelConfig, dataset: CocoDataset) -> ModelConfig:
-    """The model's config with the data set's numbers of classes and of keypoints."""
+    """Set the numbers of classes and keypoints of a model to those of a data set.
+
+    Args:
+        config: of the model.
+        dataset: opened with keypoints if the model has a keypoint branch.
+
+    Returns:
+        A changed copy of `config`.
+    """
     config = replace(config, classes=len(dataset.categories))
     if config.keypoint is None:
         return config
@@ -56,16 +64,17 @@ def adapt_to_dataset(config: ModelConfig, dataset: CocoDataset) -> ModelConfig:
 
 
 def check_model_categories(categories: Sequence[Category], dataset: CocoDataset) -> None:
-    """Check that a model knows every category of a data set by the same id, name and keypoints.
+    """Check that a model has every category of a data set with the same id, name and keypoints.
 
     Args:
         categories: the model's; it may have more than the data set.
         dataset: the data set to evaluate on.
 
     Raises:
-        ValueError: A category or a list of keypoints is missing or differs.
+        ValueError: a category or a list of keypoints is missing or differs.
     """
-    names, expected = ({category.id: category.name for category in some} for some in (categories, dataset.categories))
+    names = {category.id: category.name for category in categories}
+    expected = {category.id: category.name for category in dataset.categories}
     if expected.items() - names.items():
         raise ValueError(f"categories: expected the data set's {expected}, got the model's {names}")
     points = {category.keypoints for category in categories if category.keypoints}

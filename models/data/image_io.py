@@ -15,11 +15,14 @@ from models.data.problems import DataError
 def read_image(path: Path) -> Tensor:
     """Read an image as uint8 RGB `[3, H, W]`, turned upright by its EXIF orientation.
 
-    Gray is repeated over the channels, an alpha channel is dropped, palettes and CMYK are converted, and 16-bit values
-    keep their upper 8 bits.
+    Grey values are repeated over the channels, an alpha channel is dropped, palettes and CMYK are converted, and of
+    16-bit values the upper 8 bits are kept.
+
+    Args:
+        path: of a file in any format that Pillow reads.
 
     Raises:
-        DataError: The file is missing, truncated, or not an image that Pillow can read.
+        DataError: the file is missing, truncated, or not an image that Pillow can read.
     """
     try:
         with Image.open(path) as image:

@@ -1,7 +1,7 @@
 """Batches for training and images for evaluation, read by worker processes.
 
-The path of a training image: in a worker process, `CocoDataset` reads it with its target, `Augmentation` flips and
-resizes both, and `_collate` joins them to a `Batch`; in the main process, `_check_batch` reports bad images.
+The path of a training image: in a worker process, `CocoDataset` reads the image and its target, `Augmentation` flips
+and resizes both, and `_collate` puts them into a `Batch`; in the main process, `_check_batch` reports bad images.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Batch(NamedTuple):
 
 
 class TrainSampler(Sampler[list[Draw]]):
-    """Endless batches of images that are all landscape or all portrait, which need less padding.
+    """Endless batches. The images of a batch are all landscape or all portrait, so that they need less padding.
 
     Each epoch is a new permutation. Images that do not fill a batch of their orientation are carried over to the next
     epoch. The seeds of augmentations are drawn here, so a sample does not depend on the worker process that reads it.
@@ -58,12 +58,12 @@ class TrainSampler(Sampler[list[Draw]]):
             sizes: `[N, 2]`, (height, width) of each image.
             images_per_batch: in each process.
             seed: the same in all processes.
-            start: number of batches to skip, which a resumed run has already had.
+            start: number of batches to skip; a resumed run has already seen them.
             rank: of this process.
             world: number of processes.
 
         Raises:
-            ValueError: There are no images.
+            ValueError: there are no images.
         """
         if not len(sizes):
             raise ValueError("sizes: expected at least one image, got none")
@@ -95,7 +95,7 @@ Item = TypeVar("Item")
 
 
 class Loader(Generic[Item]):
-    """A `DataLoader` whose items are checked in the main process, where an error reaches the user."""
+    """A `DataLoader` whose items are checked in the main process, which counts bad ones or raises their error."""
 
     def __init__(self, loader: DataLoader[Any], check: Callable[[Item], None]) -> None:
         """Wrap a loader.
@@ -114,7 +114,7 @@ class Loader(Generic[Item]):
         """Iterate over the items.
 
         Raises:
-            DataError: An item is bad and the data set does not skip bad data.
+            DataError: an item is bad and the data set does not skip bad data.
         """
         for item in self.loader:
             self.check(item)
@@ -132,15 +132,15 @@ def train_loader(
     rank: int = 0,
     world: int = 1,
 ) -> Loader[Batch]:
-    """Endless augmented batches, the same for any number of worker processes.
+    """Endless augmented batches, which do not depend on the number of worker processes.
 
     Args:
         dataset: opened for training.
         data: sizes, flips, number of workers.
         images_per_batch: in this process.
-        max_size: limit of the longer edge in pixels, as in `InputConfig`.
+        max_size: largest length of the longer side in pixels, as in `InputConfig`.
         seed: of the order and of all augmentations; the same in all processes.
-        start: number of batches to skip, which a resumed run has already had.
+        start: number of batches to skip; a resumed run has already seen them.
         rank: of this process.
         world: number of processes.
     """
@@ -156,7 +156,7 @@ def train_loader(
 def eval_loader(
     dataset: CocoDataset, data: DataConfig, *, rank: int = 0, world: int = 1
 ) -> Loader[tuple[Tensor, int] | BadSample]:
-    """Each image once, in its original size, uint8 RGB `[3, H, W]`, with its id; a `BadSample` for a bad image.
+    """Each image once, uint8 RGB `[3, H, W]` in its original size, with its id; for a bad image, a `BadSample`.
 
     Args:
         dataset: the images.
@@ -176,7 +176,7 @@ class _TrainItem(NamedTuple):
 
 
 class _TrainItems(Dataset[_TrainItem]):
-    """Augmented samples. A bad image is replaced by the next good one."""
+    """Augmented samples, in which a bad image is replaced by the next good one."""
 
     def __init__(self, dataset: CocoDataset, augmentation: Augmentation) -> None:
         self.dataset = dataset
@@ -229,7 +229,7 @@ def _check_image(dataset: CocoDataset, item: tuple[Tensor, int] | BadSample) -> 
 
 
 def _process_options(data: DataConfig) -> dict[str, Any]:
-    # With a generator of its own, a loader draws nothing from the global one, which must be the same after a resume.
+    # Without this generator, a loader would draw from the global one, whose state a resumed run must reproduce
     return {
         "num_workers": data.workers,
         "pin_memory": torch.cuda.is_available(),

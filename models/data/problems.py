@@ -1,4 +1,4 @@
-"""Bad data: an error, or a summary of all that was left out."""
+"""Bad data: the error that it raises, and the summary of what was left out."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ class DataError(ValueError):
     """Data that cannot be used.
 
     Args:
-        kind: the kind of problem, which a summary counts.
-        text: the file, the id and what is wrong.
+        kind: the kind of problem; summaries count each kind.
+        text: the file, the id and the problem.
     """
 
     def __init__(self, kind: str, text: str) -> None:
@@ -23,9 +23,9 @@ class DataError(ValueError):
 
 
 class Problems:
-    """The bad data of a data set: raised or, with `on_error="skip"`, collected for a summary.
+    """The bad data of a data set, which is raised or, with `on_error="skip"`, collected for a summary.
 
-    Each problem counts once, however many epochs and processes meet it.
+    Each problem counts once, even if several epochs or processes report it.
     """
 
     def __init__(self, on_error: Literal["raise", "skip"] = "raise") -> None:

@@ -1,7 +1,7 @@
 """Augmentation: random flips and sizes of an image and its target.
 
-Boxes and keypoints are in continuous coordinates, where pixel i covers [i, i + 1]: a flip maps x to W - x, and a
-resize multiplies it by the ratio of the sizes. The pixels of images and masks move in the same way.
+Boxes and keypoints are in continuous coordinates, where pixel i covers [i, i + 1]: a flip turns x into W - x, and a
+resize multiplies x by the ratio of the widths. The pixels of images and masks move in the same way.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from models.structures import Target
 class Augmentation:
     """A random horizontal flip (Fast R-CNN), and a random size (appendix B)."""
 
-    min_sizes: tuple[int, ...]  # pixels; the shorter edge becomes one of these
-    max_size: int  # pixels; limit of the longer edge
+    min_sizes: tuple[int, ...]  # one is drawn as the length of the shorter side, in pixels
+    max_size: int  # largest length of the longer side, in pixels
     flip_probability: float
     mirrored: tuple[int, ...] = ()  # from `mirrored_keypoints`
 
@@ -33,6 +33,9 @@ class Augmentation:
             image: uint8, `[3, H, W]`.
             target: of the image.
             seed: determines the result; the global generator is not used.
+
+        Returns:
+            The image, uint8 `[3, h, w]`, and its target.
         """
         generator = torch.Generator().manual_seed(seed)
         if torch.rand((), generator=generator) < self.flip_probability:
@@ -48,10 +51,10 @@ def mirrored_keypoints(names: Sequence[str]) -> tuple[int, ...]:
         names: of the keypoints.
 
     Returns:
-        For each keypoint, the index of its mirrored one.
+        For each keypoint, the index of its mirror image.
 
     Raises:
-        ValueError: A left keypoint has no right one, or the reverse.
+        ValueError: a left keypoint has no right one, or the reverse.
     """
     mirrored = [_other_side(name) for name in names]
     if missing := sorted(set(mirrored) - set(names)):
@@ -66,6 +69,9 @@ def flip(image: Tensor, target: Target, mirrored: Sequence[int] = ()) -> tuple[T
         image: `[3, H, W]`.
         target: of the image.
         mirrored: from `mirrored_keypoints`; needed if the target has keypoints.
+
+    Returns:
+        Flipped copies of both.
     """
     width = image.shape[2]
     masks, keypoints = target.masks, target.keypoints
@@ -88,23 +94,26 @@ def resize(image: Tensor, target: Target, min_size: int, max_size: int) -> tuple
     Args:
         image: `[3, H, W]`.
         target: of the image.
-        min_size: pixels of the shorter edge.
-        max_size: limit of the longer edge in pixels, which takes precedence.
+        min_size, max_size: as for `models.preprocess.resized_shape`.
+
+    Returns:
+        Resized copies of both.
     """
     height, width = image.shape[1:]
     image = preprocess.resize(image, min_size, max_size)
     shape = image.shape[1:]
-    scale_x, scale_y = shape[1] / width, shape[0] / height
+    scales = (shape[1] / width, shape[0] / height)
+    box_scales = torch.tensor(2 * scales)
     masks = target.masks
     if masks is not None:
-        # Unlike NEAREST_EXACT, NEAREST shifts the mask by half a pixel.
+        # NEAREST would shift the mask by half a pixel
         masks = functional.resize(masks, list(shape), InterpolationMode.NEAREST_EXACT)
     return image, replace(
         target,
-        boxes=target.boxes * torch.tensor([scale_x, scale_y, scale_x, scale_y]),
-        crowds=target.crowds * torch.tensor([scale_x, scale_y, scale_x, scale_y]),
+        boxes=target.boxes * box_scales,
+        crowds=target.crowds * box_scales,
         masks=masks,
-        keypoints=None if target.keypoints is None else target.keypoints * torch.tensor([scale_x, scale_y, 1]),
+        keypoints=None if target.keypoints is None else target.keypoints * torch.tensor([*scales, 1]),
     )
 
 

@@ -1,1 +1,1 @@
-"""The network: a file for each part of figure 1."""
+"""The network, with one file for each part of figure 1 of the paper."""

@@ -30,14 +30,21 @@ class BoxPredictions(NamedTuple):
 
 
 class BoxTargets(NamedTuple):
-    """What the regions should predict."""
+    """The training target of each region."""
 
-    labels: Tensor  # [R] int64: 1..K, 0 for background, -1 for an empty slot
+    labels: Tensor  # [R] int64: 1..K, 0 for the background, -1 for an empty slot
     deltas: Tensor  # [R, 4], zero for background and empty slots
 
 
 class BoxHead(nn.Module):
-    """Fully connected layers over each region (figure 4, right), or an average over it (figure 4, left)."""
+    """Predicts the class of each region and a refined box for each class.
+
+    Args:
+        config: `FCBox` for fully connected layers over each region (figure 4, right), `AverageBox` for the average
+            over it (figure 4, left).
+        in_channels: of the regions.
+        classes: K.
+    """
 
     def __init__(self, config: FCBox | AverageBox, in_channels: int, classes: int) -> None:
         super().__init__()
@@ -58,7 +65,7 @@ class BoxHead(nn.Module):
         initialise(self.fcs, BY_INPUTS)
 
     def forward(self, regions: Tensor) -> BoxPredictions:
-        """Class logits and box deltas of regions `[R, C, h, w]`."""
+        """Regions `[R, C, h, w]`, with h and w of `resolution` for an `FCBox`, to class logits and box deltas."""
         if isinstance(self.config, FCBox):
             x = self.convs(regions).flatten(1)
             for fc in self.fcs:
@@ -68,27 +75,32 @@ class BoxHead(nn.Module):
         return BoxPredictions(self.class_logits(x).float(), self.deltas(x).unflatten(1, (-1, 4)).float())
 
     def targets(self, samples: Samples, targets: Sequence[Target]) -> BoxTargets:
-        """Labels and deltas of sampled proposals, R = B * S.
+        """Labels and box deltas of the sampled proposals, R = B * S for S samples of each image.
 
         Args:
             samples: from `sample_proposals`.
-            targets: ground truth of each image.
+            targets: ground truth of each image, with boxes in pixels of the padded images.
         """
         labels, boxes = samples.labels.flatten(), samples.boxes.flatten(0, 1)
         matched = zip(targets, samples.matches, strict=True)
         gt_boxes = torch.cat([index_matched(target.boxes, matches) for target, matches in matched])
         positive = (labels > 0)[:, None]
-        unit = boxes.new_tensor([0.0, 0.0, 1.0, 1.0])  # box and target where there is no object: deltas of zero
+        unit = boxes.new_tensor([0.0, 0.0, 1.0, 1.0])  # stands for both boxes where there is no object: deltas of zero
         deltas = box_ops.encode(
             torch.where(positive, gt_boxes, unit), torch.where(positive, boxes, unit), self.config.delta_weights
         )
         return BoxTargets(labels, deltas)
 
     def loss(self, predictions: BoxPredictions, targets: BoxTargets) -> dict[str, Tensor]:
-        """Losses over the samples, each divided by the number of samples.
+        """Losses summed over the samples and divided by `mean_count` of them (Fast R-CNN, §2.3).
+
+        Args:
+            predictions: from `forward`.
+            targets: from `targets`.
 
         Returns:
-            `loss_classifier`, cross entropy, and `loss_box_reg`, smooth L1 of the deltas of each object's class.
+            `loss_classifier`, the cross entropy of the class, and `loss_box_reg`, the smooth L1 distance of the deltas
+            that positive samples predict for their class.
         """
         labels = targets.labels
         num_samples = mean_count((labels >= 0).sum())
@@ -101,12 +113,16 @@ class BoxHead(nn.Module):
         }
 
     def decode(self, predictions: BoxPredictions, proposals: Proposals, sizes: Tensor) -> PaddedDetections:
-        """The best boxes over all classes, after NMS within each class.
+        """The highest-scoring boxes of each image over all classes, after NMS within each class.
 
         Args:
             predictions: from `forward`, R = B * N.
             proposals: N of each image.
             sizes: `[B, 2]`, (height, width) of the images before padding.
+
+        Returns:
+            Boxes `[B, D, 4]` in pixels of the padded images, with scores and labels, D = `config.detections` or the
+            number of candidates if that is smaller. Masks and heatmaps are None.
         """
         config = self.config
         batch, num_proposals = proposals.boxes.shape[:2]

@@ -14,7 +14,12 @@ from models.network.resnet import ResNet
 
 
 class FeaturePyramid(nn.Module):
-    """Adds upsampled coarse feature maps to finer ones; P6 is P5 subsampled."""
+    """Adds upsampled coarse feature maps to finer ones; P6 is P5 subsampled.
+
+    Args:
+        config: channels, norm.
+        in_channels: of each feature map, finest first.
+    """
 
     def __init__(self, config: FPN, in_channels: Sequence[int]) -> None:
         super().__init__()
@@ -24,7 +29,7 @@ class FeaturePyramid(nn.Module):
 
     @mark("FPN")
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """P2..P6, finest first, from C2..C5."""
+        """C2..C5, finest first, to P2..P6, `[B, config.channels, H, W]` each, where P6 has half the size of P5."""
         inner = [lateral(feature) for lateral, feature in zip(self.lateral, features, strict=True)]
         for i in range(len(inner) - 1, 0, -1):
             inner[i - 1] = inner[i - 1] + F.interpolate(inner[i], size=inner[i - 1].shape[-2:])
@@ -33,7 +38,7 @@ class FeaturePyramid(nn.Module):
 
 
 class ResNetFPN(ResNet):
-    """A ResNet with a feature pyramid over its stages: returns P2..P6, whose `channels` and `strides` it has."""
+    """A ResNet with a feature pyramid over its stages. `channels` and `strides` are those of P2..P6."""
 
     def __init__(self, config: BackboneConfig, pyramid: FPN) -> None:
         super().__init__(config)

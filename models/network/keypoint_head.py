@@ -1,4 +1,4 @@
-"""The keypoint head (§5): a one-hot heatmap for each keypoint.
+"""The keypoint head (§5): a heatmap for each keypoint, whose training target is one-hot.
 
 R regions, C channels, P keypoints.
 """
@@ -21,7 +21,14 @@ from models.structures import Target
 
 
 class KeypointHead(nn.Module):
-    """Convolutions at the resolution of the pooling, a transposed one that doubles it, and bilinear upsampling."""
+    """Predicts a heatmap for each keypoint, of four times the resolution of the pooling.
+
+    Convolutions are followed by a transposed one and by bilinear upsampling, each of which doubles the resolution.
+
+    Args:
+        config: resolution, convolutions, number of keypoints.
+        in_channels: of the regions.
+    """
 
     def __init__(self, config: KeypointHeadConfig, in_channels: int) -> None:
         super().__init__()
@@ -40,9 +47,9 @@ class KeypointHead(nn.Module):
         """The pixel of the heatmap in which each keypoint lies (§5).
 
         Args:
-            samples: from `Samples.positives`.
+            samples: from `Samples.positives`, R in all images.
             targets: ground truth of each image, with keypoints.
-            size: m, pixels of a heatmap along each axis.
+            size: m, the pixels of a heatmap along each axis.
 
         Returns:
             `[R, P]` int64, row * m + column, or -1 where a keypoint is not labelled or lies outside of its region.
@@ -63,23 +70,32 @@ class KeypointHead(nn.Module):
         return torch.where(inside, pixels[..., 1] * size + pixels[..., 0], -1.0).long()
 
     def loss(self, heatmaps: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """`loss_keypoint`: mean cross entropy, over an m^2-way softmax, of the keypoints with a target (§5)."""
+        """The cross entropy of each keypoint's pixel, under a softmax over the m^2 pixels of its heatmap (§5).
+
+        Args:
+            heatmaps: from `forward`.
+            targets: from `targets`.
+
+        Returns:
+            `loss_keypoint`, summed over the keypoints with a target and divided by `mean_count` of them.
+        """
         logits = heatmaps.flatten(0, 1).flatten(1)
         loss = F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction="sum")
         return {"loss_keypoint": loss / mean_count((targets >= 0).sum())}
 
     @mark("heads")
     def decode(self, heatmaps: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
-        """The most likely pixel of each keypoint, in heatmaps resized (bicubically) to their boxes (Detectron).
+        """The most likely pixel of each keypoint, after bicubic resizing of each heatmap to its box (Detectron).
 
-        Synchronises with the device, as the sizes of the resized heatmaps depend on the boxes.
+        Synchronises with the device, because the sizes of the resized heatmaps depend on the boxes.
 
         Args:
             heatmaps: `[N, P, m, m]`, logits.
-            boxes: `[N, 4]`, pixels.
+            boxes: `[N, 4]`, in pixels of the padded images.
 
         Returns:
-            Keypoints `[N, P, 3]`: x, y, at the centre of a pixel of the box, and 1; and their logits, `[N, P]`.
+            Keypoints `[N, P, 3]`, which are x and y at the centre of a pixel of the box, and 1; and their logits,
+            `[N, P]`.
         """
         count, points = heatmaps.shape[:2]
         sizes = (boxes[:, 2:] - boxes[:, :2]).clamp(min=1)

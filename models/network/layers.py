@@ -17,12 +17,18 @@ BatchNorm = nn.BatchNorm2d | FrozenBatchNorm2d
 
 
 def conv_norm(x: Tensor, conv: nn.Conv2d, norm: BatchNorm | nn.Identity) -> Tensor:
-    """`norm(conv(x))`. Constant statistics are folded into the weights, which saves a pass over the activations."""
+    """Compute `norm(conv(x))`. Constant statistics are folded into the weights, which saves a pass over activations.
+
+    Args:
+        x: `[N, C, H, W]`.
+        conv: without a bias, if there is a norm.
+        norm: a batch norm over the convolution's output, or `nn.Identity` for none.
+    """
     if isinstance(norm, nn.Identity):
         return conv(x)
     if norm.training and not isinstance(norm, FrozenBatchNorm2d):
         return norm(conv(x))
-    constants: Any = norm  # both kinds have the same tensors, which only one of them declares
+    constants: Any = norm  # both kinds of batch norm have these tensors; only one declares them
     scale = constants.weight * (constants.running_var + constants.eps).rsqrt()
     bias = constants.bias - constants.running_mean * scale
     weight = conv.weight * scale[:, None, None, None]
@@ -38,17 +44,19 @@ class ConvNorm(nn.Module):
         self.norm = nn.Identity() if norm == "none" else nn.BatchNorm2d(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """`[N, in_channels, H, W]` to `[N, out_channels, H, W]`."""
         return conv_norm(x, self.conv, self.norm)
 
 
 class Convs(nn.Sequential):
-    """`count` convolutions of 3x3, each followed by ReLU."""
+    """`count` 3x3 convolutions, each followed by a ReLU; without any, the input is returned."""
 
     def __init__(self, in_channels: int, channels: int, count: int, norm: Norm = "none") -> None:
         widths = [in_channels, *[channels] * count]
         super().__init__(*(ConvNorm(a, b, 3, norm) for a, b in pairwise(widths)))
 
     def forward(self, input: Tensor) -> Tensor:
+        """`[N, in_channels, H, W]` to `[N, channels, H, W]`."""
         x = input
         for conv in self:
             x = F.relu(conv(x), inplace=True)
@@ -60,7 +68,12 @@ BY_INPUTS = partial(nn.init.kaiming_uniform_, a=1)  # Detectron, for layers with
 
 
 def initialise(module: nn.Module, draw: Callable[[Tensor], object] = BY_OUTPUTS) -> None:
-    """Draw the weights of every convolution and linear layer in `module` with `draw`, and set biases to zero."""
+    """Initialise every convolution and linear layer in `module`, in place; biases become zero.
+
+    Args:
+        module: the layers, or a module that contains them.
+        draw: fills a weight with random values.
+    """
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
             draw(layer.weight)

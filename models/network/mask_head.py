@@ -1,4 +1,4 @@
-"""The mask head (§3, figure 4): a mask for each class, none of which competes with another.
+"""The mask head (§3, figure 4): an independent mask for each class.
 
 R regions, C channels, K classes, B images, D detections of each image.
 """
@@ -22,14 +22,20 @@ from models.structures import Target
 
 
 class MaskTargets(NamedTuple):
-    """What the regions should predict."""
+    """The training target of each region."""
 
     labels: Tensor  # [R] int64, 1..K
     masks: Tensor  # [R, m, m] in 0..1
 
 
 class MaskHead(nn.Module):
-    """Convolutions at the resolution of the pooling, and a transposed one that doubles it."""
+    """Predicts a mask for each class: convolutions, and a transposed convolution that doubles the resolution.
+
+    Args:
+        config: resolution, convolutions.
+        in_channels: of the regions.
+        classes: K.
+    """
 
     def __init__(self, config: FCNMask, in_channels: int, classes: int) -> None:
         super().__init__()
@@ -51,9 +57,9 @@ class MaskHead(nn.Module):
         """The part of each object's mask that lies in its region, resampled (§3.1).
 
         Args:
-            samples: from `Samples.positives`.
+            samples: from `Samples.positives`, R in all images.
             targets: ground truth of each image, with masks.
-            size: m, pixels of a mask along each axis.
+            size: m, the pixels of a mask along each axis.
             aligned: whether pixel centres are at half pixels, as in the pooling of the features.
 
         Raises:
@@ -68,7 +74,15 @@ class MaskHead(nn.Module):
         return MaskTargets(samples.labels, torch.cat(masks))
 
     def loss(self, logits: Tensor, targets: MaskTargets) -> dict[str, Tensor]:
-        """`loss_mask`: mean binary cross entropy of the masks of each object's class (§3)."""
+        """The loss of the mask that each region predicts for its class; other classes do not contribute (§3).
+
+        Args:
+            logits: from `forward`.
+            targets: from `targets`.
+
+        Returns:
+            `loss_mask`, the binary cross entropy, summed over pixels and divided by `mean_count` of them.
+        """
         logits = _of_class(logits, targets.labels)
         loss = F.binary_cross_entropy_with_logits(logits, targets.masks, reduction="sum")
         return {"loss_mask": loss / mean_count(torch.full((), logits.numel(), device=logits.device))}

@@ -22,8 +22,8 @@ from models.structures import Detections, PaddedDetections, Target
 class MaskRCNN(nn.Module):
     """Detects boxes and, depending on the config, masks and keypoints.
 
-    `forward` works on a padded batch: it returns losses for training, or detections in fixed shapes without
-    host-device synchronisation. `detect` takes images and returns the detections of each.
+    `forward` takes a padded batch. It returns the losses if targets are given, and otherwise detections in fixed
+    shapes, without host-device synchronisation. `detect` takes images and returns the detections of each.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -41,12 +41,15 @@ class MaskRCNN(nn.Module):
     def forward(
         self, images: Tensor, sizes: Tensor, targets: Sequence[Target] | None = None
     ) -> PaddedDetections | dict[str, Tensor]:
-        """`losses` with targets, `infer` without.
+        """Losses of a padded batch if targets are given, otherwise its detections.
 
         Args:
             images: `[B, 3, H, W]`, from `models.preprocess.batch`.
             sizes: `[B, 2]` int64, (height, width) of each image before padding.
-            targets: ground truth of each image.
+            targets: ground truth of each image, in pixels of the padded images.
+
+        Returns:
+            From `losses` or from `infer`.
         """
         return self.infer(images, sizes) if targets is None else self.losses(images, sizes, targets)
 
@@ -57,6 +60,9 @@ class MaskRCNN(nn.Module):
         Args:
             images, sizes: as for `forward`.
             compact: drop slots that no image fills, which saves work but synchronises with the device twice.
+
+        Returns:
+            Up to `config.box.detections` of each image, in pixels of the padded images.
         """
         features = self.backbone(images)
         anchors = self.rpn(features, images.shape[2:])
@@ -77,9 +83,16 @@ class MaskRCNN(nn.Module):
 
     @mark("heads")
     def losses(self, images: Tensor, sizes: Tensor, targets: Sequence[Target]) -> dict[str, Tensor]:
-        """Losses of a padded batch under torchvision's names; arguments as for `forward`.
+        """Losses of a padded batch.
 
         With a mask or keypoint branch it synchronises with the device once, for the number of positive samples.
+
+        Args:
+            images, sizes, targets: as for `forward`.
+
+        Returns:
+            Scalars under torchvision's names: `loss_objectness`, `loss_rpn_box_reg`, `loss_classifier`,
+            `loss_box_reg` and, with these branches, `loss_mask` and `loss_keypoint`.
         """
         sampling = self.config.sampling
         features = self.backbone(images)
@@ -109,7 +122,7 @@ class MaskRCNN(nn.Module):
 
     @torch.inference_mode()
     def detect(self, images: Sequence[Tensor]) -> list[Detections]:
-        """Detections of each image, in its own pixels.
+        """Detections of each image, in pixels of the given image.
 
         Synchronises with the device once for the number of detections, and once for each image with keypoints.
 

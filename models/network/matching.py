@@ -1,6 +1,6 @@
 """Matching of boxes to the ground truth, and sampling of the boxes that losses are computed on (§3.1, "Training").
 
-B images, N boxes, S samples and G objects of each, R positive samples of all.
+B images; N boxes, S samples and G objects of each image; R positive samples in all images.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ POSITIVE, NEGATIVE, IGNORED = 1, 0, -1
 
 
 class PositiveSamples(NamedTuple):
-    """The positive samples of each image, which the mask and keypoint heads are trained on."""
+    """The positive samples, on which the mask and keypoint heads are trained; R_b in image b."""
 
     boxes: list[Tensor]  # [R_b, 4]
     labels: Tensor  # [R] int64, 1..K, one image after the other
@@ -28,14 +28,14 @@ class PositiveSamples(NamedTuple):
 
 
 class Samples(NamedTuple):
-    """The proposals that the heads are trained on, the positive ones of each image first."""
+    """The sampled proposals, on which the heads are trained; the positive ones of each image come first."""
 
     boxes: Tensor  # [B, S, 4]
     labels: Tensor  # [B, S] int64: 1..K, 0 for background, -1 for an empty slot
     matches: Tensor  # [B, S] int64, the object that each box is matched to
 
     def positives(self) -> PositiveSamples:
-        """The positive samples alone. Synchronises with the device."""
+        """The positive samples. Synchronises with the device."""
         counts = (self.labels > 0).sum(1).tolist()
         return PositiveSamples(
             [boxes[:count] for boxes, count in zip(self.boxes, counts, strict=True)],
@@ -46,12 +46,14 @@ class Samples(NamedTuple):
 
 @torch.no_grad()
 def sample_proposals(proposals: Proposals, targets: Sequence[Target], config: SamplingConfig) -> Samples:
-    """Match proposals and ground-truth boxes to the ground truth, and sample from both.
+    """Match proposals to the ground truth, and sample those that the heads are trained on.
+
+    The ground-truth boxes are candidates too, since the RPN may have missed them.
 
     Args:
         proposals: of the RPN.
-        targets: ground truth of each image. Its boxes are candidates too, as the RPN may have missed them.
-        config: how many samples, and which.
+        targets: ground truth of each image.
+        config: number of samples, fraction of positive ones, thresholds.
     """
     slots = proposals.boxes.shape[1] + max(len(target.boxes) for target in targets)
     all_boxes, all_labels, all_kinds, all_matches = [], [], [], []
@@ -91,13 +93,14 @@ def match(
         boxes: `[N, 4]`.
         target: G objects, and crowd regions.
         positive_iou: boxes of at least this IoU with their object are positive.
-        negative_iou: boxes of a lower IoU are negative; those between the two thresholds are ignored.
-        crowd_overlap: a negative box is ignored if at least this part of its area lies in one crowd region.
-        best_for_each: the boxes with the highest IoU with each object are positive too, unless it is 0, so that
-            every object has one (Faster R-CNN, §3.1.2).
+        negative_iou: boxes of a lower IoU are negative; boxes between the two thresholds are ignored.
+        crowd_overlap: a negative box is ignored if at least this fraction of its area lies in one crowd region.
+        best_for_each: whether the boxes with the highest IoU with each object are positive too, so that every object
+            has one, unless that IoU is 0 (Faster R-CNN, §3.1.2).
 
     Returns:
-        The matched objects, `[N]` int64, 0 where there are no objects; and `[N]` of POSITIVE, NEGATIVE and IGNORED.
+        The index of each box's object, `[N]` int64, 0 if there are no objects; and the kind of each box, `[N]` int64
+        of POSITIVE, NEGATIVE and IGNORED.
     """
     if not len(target.boxes):
         matches = torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device)
@@ -116,12 +119,12 @@ def match(
 
 
 def sample(kinds: Tensor, num_samples: int, positive_fraction: float) -> tuple[Tensor, Tensor]:
-    """Draw boxes of each image at random, positive ones first, without host-device synchronisation.
+    """Sample boxes of each image at random, without host-device synchronisation. Positive ones come first.
 
     Args:
         kinds: `[B, N]` of POSITIVE, NEGATIVE and IGNORED.
-        num_samples: boxes to draw in each image. There are fewer where there are not enough negative boxes.
-        positive_fraction: the largest part of `num_samples` that is positive.
+        num_samples: boxes to sample in each image; fewer are sampled if there are not enough negative boxes.
+        positive_fraction: the largest fraction of `num_samples` that is positive.
 
     Returns:
         Indices `[B, S]`, S = min(num_samples, N), and which of them are samples, `[B, S]` bool.
@@ -140,12 +143,20 @@ def sample(kinds: Tensor, num_samples: int, positive_fraction: float) -> tuple[T
 
 
 def index_matched(values: Tensor, matches: Tensor) -> Tensor:
-    """`values[matches]` for values of each object, and zeros for an image without objects."""
+    """Index values of the objects of one image; an image without objects gives zeros.
+
+    Args:
+        values: `[G, ...]`.
+        matches: `[N]` int64, from `match`.
+
+    Returns:
+        `values[matches]`, `[N, ...]`.
+    """
     return values[matches] if len(values) else values.new_zeros(len(matches), *values.shape[1:])
 
 
 def _overlap_fraction(boxes: Tensor, regions: Tensor) -> Tensor:
-    """The part of each box's area that lies in each region, `[N, regions]`."""
+    """The fraction of each box's area that lies in each region, `[N, regions]`."""
     low = boxes[:, None, :2].maximum(regions[:, :2])
     overlap = (boxes[:, None, 2:].minimum(regions[:, 2:]) - low).clamp(min=0).prod(-1)
     return overlap / box_ops.area(boxes)[:, None].clamp(min=1e-6)

@@ -17,7 +17,7 @@ BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions: depths 18 and 34."""
+    """Residual block of two 3x3 convolutions, for depths 18 and 34."""
 
     expansion = 1
 
@@ -30,13 +30,14 @@ class BasicBlock(nn.Module):
         self.downsample = _downsample(in_channels, width, stride, config)
 
     def forward(self, x: Tensor) -> Tensor:
+        """`[N, in_channels, H, W]` to `[N, width, H / stride, W / stride]`."""
         out = F.relu(conv_norm(x, self.conv1, self.bn1), inplace=True)
         out = conv_norm(out, self.conv2, self.bn2)
         return F.relu(out.add_(_shortcut(x, self.downsample)), inplace=True)
 
 
 class Bottleneck(nn.Module):
-    """Convolutions of 1x1, 3x3 (grouped in a ResNeXt) and 1x1: depths 50 and 101."""
+    """Residual block of 1x1, 3x3 (grouped in a ResNeXt) and 1x1 convolutions, for depths 50 and 101."""
 
     expansion = 4
 
@@ -53,6 +54,7 @@ class Bottleneck(nn.Module):
         self.downsample = _downsample(in_channels, width * self.expansion, stride, config)
 
     def forward(self, x: Tensor) -> Tensor:
+        """`[N, in_channels, H, W]` to `[N, 4 * width, H / stride, W / stride]`."""
         out = F.relu(conv_norm(x, self.conv1, self.bn1), inplace=True)
         out = F.relu(conv_norm(out, self.conv2, self.bn2), inplace=True)
         out = conv_norm(out, self.conv3, self.bn3)
@@ -64,8 +66,8 @@ class ResNet(nn.Module):
 
     Args:
         config: depth, groups, width, batch norm, frozen stages.
-        outputs: the stages whose feature maps `forward` returns, ascending, of 1 (res2) to 4 (res5). Stages after the
-            last one are not built.
+        outputs: the stages whose feature maps `forward` returns, in ascending order; 1 is res2, 4 is res5. Stages
+            after the last one are not built.
 
     Attributes:
         channels, strides: of each returned feature map.
@@ -101,7 +103,7 @@ class ResNet(nn.Module):
         return features
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode of all but the frozen stages, whose batch norms keep their statistics."""
+        """Set the mode, except of frozen stages, whose batch norms must keep their statistics."""
         super().train(mode)
         for module in self.frozen:
             module.eval()
@@ -109,7 +111,13 @@ class ResNet(nn.Module):
 
 
 def resnet_stage(config: BackboneConfig, stage: int, stride: int) -> nn.Sequential:
-    """One stage, of 1 (res2) to 4 (res5), whose first block has the stride; not yet initialised."""
+    """One stage of a ResNet, with PyTorch's initialisation.
+
+    Args:
+        config: depth, groups, width, batch norm.
+        stage: 1 (res2) to 4 (res5).
+        stride: of the first block.
+    """
     block = _block(config)
     width = 64 * 2 ** (stage - 1)
     in_channels = 64 if stage == 1 else width // 2 * block.expansion

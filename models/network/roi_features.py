@@ -1,4 +1,4 @@
-"""Features of regions, and the only choice between FPN and C4 in the detector.
+"""Features of regions, and the only place in the detector that distinguishes FPN and C4.
 
 B images, N boxes of each, C channels.
 """
@@ -18,13 +18,13 @@ from models.network.resnet import ResNet, resnet_stage
 
 
 class RoIFeatures(nn.Module):
-    """Pools the features of each region, and applies the layers that come before every head.
+    """Pools the features of each region, and applies the layers that all heads share.
 
     Args:
         pooling: the pooling layer.
-        strides: image pixels per pixel of each feature map that is pooled from, finest first.
-        pyramid: how boxes are assigned to these feature maps. Without effect if there is only one.
-        res5: applied to the pooled features of each region (figure 4, left); None leaves them as they are.
+        strides: image pixels per pixel of each feature map that regions are pooled from, finest first.
+        pyramid: how boxes are assigned to the feature maps; without effect if there is only one.
+        res5: layers applied to the pooled features of each region (figure 4, left); None applies none.
         channels: of the result.
     """
 
@@ -53,8 +53,8 @@ class RoIFeatures(nn.Module):
             resolution: bins along each axis.
 
         Returns:
-            `[R, channels, h, w]`, one image after the other, R = B * N or the sum of N_b. h and w are `resolution`,
-            less where `res5` strides.
+            `[R, channels, h, w]`, one image after the other, R = B * N or the sum of N_b. h and w are `resolution`
+            divided by the stride of `res5`.
         """
         with mark("pooling"):
             regions = multiscale_roi_align(
@@ -71,10 +71,14 @@ class RoIFeatures(nn.Module):
 
 
 def build_features(config: ModelConfig) -> tuple[ResNet | ResNetFPN, RoIFeatures]:
-    """The backbone, and the features of regions that belong to it.
+    """Build the backbone and the `RoIFeatures` for its feature maps, as `config.features` selects.
 
-    The backbone returns a list of feature maps, all of which the RPN reads; its attributes `channels` and `strides`
-    describe them.
+    Args:
+        config: of the detector.
+
+    Returns:
+        The backbone, which returns the feature maps that the RPN reads and has their `channels` and `strides`; and the
+        module that pools regions from them.
     """
     match config.features:
         case FPN() as pyramid:

@@ -1,6 +1,6 @@
 """Region proposal network (Ren et al. 2015) over one feature map or the levels of a pyramid (Lin et al. 2017).
 
-B images, A anchors at each position, N anchors over all positions and levels, S sampled anchors, P proposals.
+B images; A anchors at each position; S sampled anchors and P proposals of each image.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from models.structures import Proposals, Target
 
 
 class AnchorPredictions(NamedTuple):
-    """What the RPN predicts for each anchor; one entry of each list for each level."""
+    """Predictions for each anchor; each list has one entry for each level."""
 
     logits: list[Tensor]  # [B, H * W * A] float32
     deltas: list[Tensor]  # [B, H * W * A, 4] float32
@@ -32,7 +32,7 @@ class AnchorPredictions(NamedTuple):
 
 
 class AnchorTargets(NamedTuple):
-    """Sampled anchors and what they should predict."""
+    """The sampled anchors and their training targets."""
 
     indices: Tensor  # [B, S] int64, over the anchors of all levels
     valid: Tensor  # [B, S] bool: slots that hold a sample
@@ -43,10 +43,12 @@ class AnchorTargets(NamedTuple):
 def cell_anchors(config: AnchorConfig, levels: int) -> Tensor:
     """Anchors around the origin, `[levels, A, 4]`, ordered by size, then by aspect ratio.
 
-    Each level of a pyramid has one of `config.sizes`; a single level has all of them.
+    Args:
+        config: sizes, aspect ratios. Each level of a pyramid has one of the sizes; a single level has all of them.
+        levels: number of levels.
 
     Raises:
-        ValueError: there are several levels and not one size for each.
+        ValueError: there are several levels and another number of sizes.
     """
     if levels > 1 and len(config.sizes) != levels:
         raise ValueError(f"anchors.sizes: expected one for each of {levels} levels, got {config.sizes}")
@@ -58,7 +60,7 @@ def cell_anchors(config: AnchorConfig, levels: int) -> Tensor:
 
 
 class RPN(nn.Module):
-    """Scores and refines anchors at every position.
+    """Scores and refines the anchors at every position.
 
     Args:
         config: anchors, sampling, proposals.
@@ -81,7 +83,12 @@ class RPN(nn.Module):
 
     @mark("RPN")
     def forward(self, features: Sequence[Tensor], image_size: Sequence[int]) -> AnchorPredictions:
-        """Logits and deltas of all anchors over padded images of (height, width)."""
+        """Logits and deltas of all anchors.
+
+        Args:
+            features: `[B, channels, H, W]` of each level.
+            image_size: height and width of the padded images.
+        """
         logits, deltas = [], []
         for x in features:
             x = self.convs(x)
@@ -94,18 +101,18 @@ class RPN(nn.Module):
     def targets(
         self, predictions: AnchorPredictions, targets: Sequence[Target], *, crowd_overlap: float
     ) -> AnchorTargets:
-        """Match anchors to the ground truth and sample some of them.
+        """Match the anchors to the ground truth, and sample those that the losses are computed on.
 
         Args:
             predictions: from `forward`.
             targets: ground truth of each image.
-            crowd_overlap: see `match`.
+            crowd_overlap: a negative anchor with this fraction of its area in a crowd region is ignored.
         """
         config = self.config
         anchors = torch.cat(predictions.anchors)
-        labels, gt_boxes = [], []
+        all_kinds, gt_boxes = [], []
         for target in targets:
-            matches, label = match(
+            matches, kinds = match(
                 anchors,
                 target,
                 config.positive_iou,
@@ -113,23 +120,28 @@ class RPN(nn.Module):
                 crowd_overlap=crowd_overlap,
                 best_for_each=True,
             )
-            labels.append(label)
+            all_kinds.append(kinds)
             gt_boxes.append(index_matched(target.boxes, matches))
-        labels = torch.stack(labels)
-        indices, valid = sample(labels, config.samples_per_image, config.positive_fraction)
-        positive = valid & (labels.gather(1, indices) == POSITIVE)
+        kinds = torch.stack(all_kinds)
+        indices, valid = sample(kinds, config.samples_per_image, config.positive_fraction)
+        positive = valid & (kinds.gather(1, indices) == POSITIVE)
         anchors = anchors[indices]
         gt_boxes = torch.stack(gt_boxes).take_along_dim(indices[..., None], 1)
-        # The target of an anchor that is not positive is the anchor, so that its deltas are zero
+        # Anchors that are not positive are their own targets, which gives deltas of zero
         deltas = box_ops.encode(torch.where(positive[..., None], gt_boxes, anchors), anchors)
         return AnchorTargets(indices, valid, positive, deltas)
 
     @mark("RPN")
     def loss(self, predictions: AnchorPredictions, targets: AnchorTargets) -> dict[str, Tensor]:
-        """Losses over the sampled anchors, each divided by the number of samples.
+        """Losses summed over the sampled anchors and divided by `mean_count` of them.
+
+        Args:
+            predictions: from `forward`.
+            targets: from `targets`.
 
         Returns:
-            `loss_objectness`, binary cross entropy, and `loss_rpn_box_reg`, smooth L1 of the positive anchors.
+            `loss_objectness`, the binary cross entropy of the logits, and `loss_rpn_box_reg`, the smooth L1 distance
+            of the positive anchors' deltas.
         """
         num_samples = mean_count(targets.valid.sum())
         logits = torch.cat(predictions.logits, 1).gather(1, targets.indices)
@@ -144,11 +156,14 @@ class RPN(nn.Module):
     @mark("RPN")
     @torch.no_grad()
     def decode(self, predictions: AnchorPredictions, sizes: Tensor) -> Proposals:
-        """The best boxes of each image, after NMS on each level separately.
+        """The highest-scoring boxes of each image, after NMS on each level separately.
 
         Args:
             predictions: from `forward`.
             sizes: `[B, 2]`, (height, width) of the images before padding.
+
+        Returns:
+            Up to `config.proposals_train` or `config.proposals` boxes of each image, depending on the mode.
         """
         config = self.config
         num_proposals = config.proposals_train if self.training else config.proposals
@@ -198,7 +213,7 @@ class RPN(nn.Module):
         for feature, cell, exact_stride in zip(features, self.cell_anchors, self.strides, strict=True):
             axes = []
             for length, image_length in zip(feature.shape[2:], image_size, strict=True):
-                # torchvision, whose weights want rounded anchors, takes the stride from the sizes
+                # Rounded anchors are those of torchvision, which computes the strides from the sizes
                 stride = image_length // length if self.config.anchors.rounded else exact_stride
                 axes.append(torch.arange(length, device=cell.device) * stride)
             y, x = torch.meshgrid(*axes, indexing="ij")

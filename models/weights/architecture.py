@@ -1,4 +1,4 @@
-"""The tensors of a file of weights under fastmask's names, and the network that names and shapes imply."""
+"""The network that the names and shapes of a file's tensors imply."""
 
 from __future__ import annotations
 
@@ -36,15 +36,18 @@ _DEPTHS: dict[tuple[int, bool], Literal[18, 34, 50, 101]] = {
 
 @dataclass(frozen=True)
 class Weights:
-    """Tensors under fastmask's names, the network that they belong to, and the meaning of its labels."""
+    """The content of a file of weights: tensors under fastmask's names, the config and the categories of the model."""
 
     tensors: dict[str, Tensor]
-    config: ModelConfig  # of a backbone alone, only `input` and `backbone` are known
+    config: ModelConfig  # for a backbone alone, only `input` and `backbone` are meaningful
     categories: tuple[Category, ...] | None  # None for a backbone alone
 
 
 def backbone_of(tensors: Mapping[str, Tensor]) -> BackboneConfig:
-    """Depth, groups, width and kind of batch norm of `backbone.*`.
+    """The backbone's depth, groups, width and kind of batch norm.
+
+    Args:
+        tensors: under fastmask's names; those of `backbone.*` are read.
 
     Raises:
         ValueError: the depth is not one of `BackboneConfig`.
@@ -65,7 +68,10 @@ def backbone_of(tensors: Mapping[str, Tensor]) -> BackboneConfig:
 
 
 def network_of(tensors: Mapping[str, Tensor]) -> ModelConfig:
-    """The network that a detector's tensors belong to. Settings that change no shape have their defaults.
+    """The config that a detector's tensors imply. Settings that do not affect names or shapes have their defaults.
+
+    Args:
+        tensors: under fastmask's names.
 
     Raises:
         ValueError: the depth is not one of `BackboneConfig`, or the number of anchors is not the default one.

@@ -1,4 +1,4 @@
-"""Categories of the data sets that published weights were trained on; label k of a model is `categories[k - 1]`."""
+"""The categories that published weights were trained on; label k of a model is `categories[k - 1]`."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ COCO_PERSON = (
 
 
 def categories_for(classes: int, keypoints: int | None) -> tuple[Category, ...]:
-    """The categories that a model's labels most likely stand for, where its file does not say.
+    """The categories that a model's labels most likely stand for, for files that do not hold them.
 
     Args:
         classes: number of classes, without the background.
         keypoints: number of keypoints of each object; None without a keypoint branch.
 
     Returns:
-        COCO's categories where the numbers are those of COCO's models; otherwise the labels as names.
+        COCO's categories if the numbers are those of COCO's models; otherwise categories whose names are the labels.
     """
     if (classes, keypoints) == (1, 17):
         return COCO_PERSON

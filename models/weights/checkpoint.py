@@ -1,4 +1,4 @@
-"""Files of weights: fastmask's checkpoints, and models of torchvision and detectron2. No code in a file is executed."""
+"""Reads and writes weights: checkpoints of fastmask, torchvision and detectron2. No code in a file is executed."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ from models.weights import safe_pickle
 from models.weights import torchvision as weights_torchvision
 from models.weights.architecture import Weights
 
-# Number of the layout of checkpoints (names of tensors, fields of the config), which every change of it increases.
-# Checkpoints of the first layout have no number.
+# The format of checkpoints: names of tensors and fields of the config. Every change of these increases the number. The
+# first format did not store it.
 FORMAT = 2
 
-# Settings of `ModelConfig` that trained weights depend on and that no shape shows; a model may lack some of them
+# Fields of `ModelConfig` that trained weights depend on and that the shapes of tensors do not show. Some belong to one
+# member of a union only.
 _BACKBONE_SETTINGS = (
     *("input.channels", "input.pixel_mean", "input.pixel_std"),
     *("backbone.stride_in_1x1", "backbone.norm_eps"),
@@ -46,7 +47,7 @@ _PREDICTORS = ("box_head.class_logits.", "box_head.deltas.", "mask_head.mask_log
 
 @dataclass(frozen=True)
 class Differences:
-    """Differences between a model and a file of weights; pairs are (in the model, in the file)."""
+    """Differences between a model and a file of weights. The values of the mappings are (in the model, in the file)."""
 
     missing: Sequence[str] = ()  # names of tensors in the model only
     unexpected: Sequence[str] = ()  # names of tensors in the file only
@@ -62,17 +63,17 @@ class Differences:
 
 
 def save(path: str | Path, model: MaskRCNN, categories: Sequence[Category], **training: Any) -> None:
-    """Write a checkpoint. At any moment, even if the process is killed, `path` is the complete old or new file.
+    """Write a checkpoint atomically: if the process is killed, `path` is the complete old or the complete new file.
 
     Args:
-        path: ends in `.pth`, or in `.safetensors`, which holds no training state.
+        path: ends in `.pth`, or in `.safetensors`, which cannot hold a training state.
         model: its weights and its config are written.
-        categories: of the labels 1, 2, ...
-        training: the state of the training (optimiser, iteration, ...) as tensors, numbers, text and plain containers;
+        categories: of the model's labels 1, 2, ...
+        training: the training state (optimiser, iteration, ...) as tensors, numbers, text and plain containers.
             `torch.load(path, weights_only=True)` returns it beside "model", "format", "config" and "categories".
 
     Raises:
-        ValueError: the path ends in something else.
+        ValueError: `path` has another suffix, or is `.safetensors` and there is a training state.
     """
     path = Path(path)
     metadata = {
@@ -106,16 +107,16 @@ def load_model(
     Args:
         path: a checkpoint of fastmask; torchvision's Faster, Mask or Keypoint R-CNN with a ResNet-FPN (a state dict,
             by itself or as "model" in a dictionary); or one of detectron2's with an FPN or a C4 (`.pkl` or `.pth`).
-        device: where the model is to be; by default the GPU if there is one, otherwise the CPU.
-        norm_eps: epsilon of the backbone's batch norms, for files that do not say and a wrong guess: see
-            `models.weights.torchvision.convert_detector`.
+        device: of the model; None for the GPU if there is one, otherwise the CPU.
+        norm_eps: replaces the epsilon of the backbone's batch norms, which files of torchvision do not hold and
+            `models.weights.torchvision.convert_detector` assumes.
 
     Returns:
         The model in evaluation mode, and the categories of its labels 1, 2, ...
 
     Raises:
         ValueError: the file is none of these, is a checkpoint of another format, is damaged, or holds something other
-            than data; or its tensors are not those of the network that they imply, and all differences are listed.
+            than data; or its tensors are not those of the network that they imply. The error lists all differences.
     """
     weights = _read(Path(path))
     if weights.categories is None:
@@ -127,7 +128,7 @@ def load_model(
     differences = _compare(model, weights.tensors)
     if str(differences):
         raise ValueError(f"{path}: expected the weights of {config}, got\n{differences}")
-    model.load_state_dict(weights.tensors, strict=False)  # compared above; numbers of batches may be missing
+    model.load_state_dict(weights.tensors, strict=False)  # batch norms' numbers of batches may be missing
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return model.to(device).eval(), weights.categories
 
@@ -135,16 +136,20 @@ def load_model(
 def load_weights(model: MaskRCNN, path: str | Path) -> Differences:
     """Initialise a model from a file: any that `load_model` reads, or one of torchvision's ImageNet ResNets.
 
-    These parts of the model may keep their initial weights: all but the backbone, for a ResNet; the layers that
-    predict, if classes or keypoints differ; a mask or keypoint branch that the file or the model lacks.
+    Some parts of the model may keep their initial weights: everything but the backbone, if the file is a ResNet; the
+    layers that predict, if the numbers of classes or keypoints differ; a mask or keypoint branch that the file lacks.
+    A branch that the model lacks is ignored.
+
+    Args:
+        model: its weights are replaced.
+        path: of the file.
 
     Returns:
-        The parts that keep their initial weights, and the settings in which the model differs from the one that the
-        file's weights were trained in (they are not changed). Its text has one line for each, and is empty if there
-        are none.
+        The tensors that were not loaded, and the settings in which the model's config, which is not changed, differs
+        from that of the file. `str` of it has one line for each, and is empty if there are none.
 
     Raises:
-        ValueError: as for `load_model`, but for the differences above.
+        ValueError: the file cannot be read (as for `load_model`), or there are differences other than the above.
     """
     return _fill(model, _read(Path(path)), path)
 
@@ -152,11 +157,15 @@ def load_weights(model: MaskRCNN, path: str | Path) -> Differences:
 def load_training(model: MaskRCNN, path: str | Path) -> dict[str, Any]:
     """Load a checkpoint to continue its training.
 
+    Args:
+        model: its weights are replaced.
+        path: of the checkpoint.
+
     Returns:
         The content of the file, with the `training` given to `save`.
 
     Raises:
-        ValueError: as for `load_weights`, or there is any difference between the model and the file's.
+        ValueError: the file cannot be read (as for `load_model`), or differs from the model in a tensor or a setting.
     """
     content = _read_torch(Path(path))
     differences = _fill(model, _recognise(content, Path(path)), path)
@@ -171,7 +180,7 @@ def _fill(model: MaskRCNN, weights: Weights, path: str | Path) -> Differences:
     if weights.categories is None:
         settings = _BACKBONE_SETTINGS
         absent += ["backbone.fpn.", "rpn.", "box_head."]
-        if isinstance(model.config.features, C4):  # its last stage is applied to regions
+        if isinstance(model.config.features, C4):  # a C4 applies res5 to regions
             tensors = {n.replace("backbone.layer4.", "roi_features.res5."): tensor for n, tensor in tensors.items()}
     state = model.state_dict()
     unused = [branch for branch in _BRANCHES if not any(name.startswith(branch) for name in state)]
@@ -198,7 +207,7 @@ def _setting(config: ModelConfig, name: str) -> Any:
 
 
 def _compare(model: MaskRCNN, tensors: Mapping[str, Tensor]) -> Differences:
-    """Differences between names and shapes. Batch norms' numbers of batches are left out: old files lack them."""
+    """Differences of names and shapes, except for the batch norms' numbers of batches, which old files lack."""
     expected, got = (
         {name: list(tensor.shape) for name, tensor in state.items() if not name.endswith(".num_batches_tracked")}
         for state in (model.state_dict(), tensors)
@@ -240,8 +249,9 @@ def _recognise(content: Any, path: Path) -> Weights:
 def _read_torch(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, struct.error) as error:  # or it is damaged
-        raise ValueError(f"{path}: expected tensors and plain values, got what torch.load refuses") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, struct.error) as error:
+        # A damaged file may raise any of these
+        raise ValueError(f"{path}: expected tensors and plain values, got a file that torch.load refuses") from error
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:

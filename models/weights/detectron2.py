@@ -13,8 +13,8 @@ from models.config import C4, InputConfig, ModelConfig, RoIAlign
 from models.weights.architecture import Weights, network_of
 from models.weights.categories import categories_for
 
-# Names of modules in detectron2's detectors, except for the ResNet's, and in fastmask's. A norm is part of its
-# convolution in detectron2, and beside it in fastmask.
+# detectron2's names of a detector's modules, except for those of the ResNet, and fastmask's. A norm is a child of its
+# convolution in detectron2, and a sibling in fastmask.
 _CONVS = {
     **{f"backbone.fpn_lateral{i + 2}": f"backbone.fpn.lateral.{i}" for i in range(4)},
     **{f"backbone.fpn_output{i + 2}": f"backbone.fpn.output.{i}" for i in range(4)},
@@ -41,31 +41,33 @@ _RESNET = re.compile(r"backbone\.(?:bottom_up\.)?(stem|res[2-5]\.\d+)\.(conv[123
 _RES5_HEAD = re.compile(r"roi_heads\.res5\.(\d+)\.(conv[123]|shortcut)(\.norm)?\.(\w+)")
 _LAYERS = {"conv1": ("conv1", "bn1"), "conv2": ("conv2", "bn2"), "conv3": ("conv3", "bn3")}
 _LAYERS["shortcut"] = ("downsample.0", "downsample.1")
-# Constants that older versions of detectron2 stored among the weights; those of the pixels are read below
+# Constants that older versions of detectron2 stored with the weights; `_conventions` reads those of the pixels
 _CONSTANTS = ("proposal_generator.anchor_generator.", "pixel_mean", "pixel_std")
 
 
 def convert(state: Mapping[str, Tensor]) -> Weights:
     """Convert the state dict of one of detectron2's detectors, with the conventions of the model zoo.
 
-    A state dict does not say how images were normalised or in which convolution bottlenecks stride. ResNets of the
-    zoo follow the original one: the mean is subtracted from pixels, and the 1x1 convolution strides. For ResNeXts,
-    pixels are divided by their standard deviation too, and the 3x3 convolution strides. Both read BGR.
+    A state dict does not hold the normalisation of images or the position of the stride in bottlenecks. The ResNets of
+    the zoo are those of the original paper: only the mean is subtracted from pixels, and the stride is in the 1x1
+    convolution. For the ResNeXts, pixels are divided by their standard deviation too, and the stride is in the 3x3
+    convolution. Both take BGR.
 
     Args:
         state: tensors under detectron2's names.
 
     Returns:
-        Tensors under fastmask's names; names that fastmask does not know are kept, so that they can be reported.
+        Tensors under fastmask's names, the config that they imply, and COCO's categories if their number is that of
+        COCO. Tensors of unknown names keep them, so that they can be reported.
 
     Raises:
-        ValueError: see `network_of`.
+        ValueError: the tensors imply a depth or a number of anchors that fastmask does not support.
     """
     tensors = {_rename(name): tensor for name, tensor in state.items() if not name.startswith(_CONSTANTS)}
     for leaf in ("weight", "bias"):  # in detectron2 the background is the last class
         name = f"box_head.class_logits.{leaf}"
         tensors[name] = tensors[name].roll(1, 0)
-    # In the oldest files, the statistics of batch norms are folded into scale and shift
+    # The oldest files have no statistics of batch norms, which are folded into scale and shift
     for name in [name for name in tensors if re.search(r"(bn\d|downsample\.1)\.weight$", name)]:
         prefix = name.removesuffix("weight")
         tensors.setdefault(f"{prefix}running_mean", torch.zeros_like(tensors[name]))
@@ -98,7 +100,7 @@ def _conventions(network: ModelConfig, state: Mapping[str, Tensor]) -> ModelConf
 
 
 def _rename(name: str) -> str:
-    """fastmask's name of a tensor, or the same name if there is none."""
+    """fastmask's name of a tensor, or the given name if there is none."""
     if match := _RESNET.fullmatch(name):
         part, layer, norm, leaf = match.groups()
         layer = _LAYERS[layer][norm is not None]

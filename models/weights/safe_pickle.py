@@ -1,8 +1,8 @@
 """Reads NumPy arrays from an untrusted pickle.
 
-A pickle names functions and classes, which are called when it is loaded. Calling those of NumPy is not safe either:
-`numpy.ndarray` with an object dtype reads any bytes as pointers. Therefore the unpickler replaces NumPy's names by
-stand-ins, which take the content of pickled arrays and make numeric arrays from it, and refuses all other names.
+Loading a pickle calls the functions and classes that it names. Those of NumPy are not safe either: `numpy.ndarray` with
+an object dtype reads any bytes as pointers. The unpickler therefore replaces NumPy's names by stand-ins, which build
+numeric arrays from the content of pickled ones, and refuses all other names.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 
 class _Dtype:
-    """Stands in for `numpy.dtype`; admits numeric types only."""
+    """Stand-in for `numpy.dtype` that admits only numeric types."""
 
     def __init__(self, name: str, *_flags: object) -> None:
         self.dtype = np.dtype(name)
@@ -29,7 +29,7 @@ class _Dtype:
 
 
 class _Array:
-    """Stands in for the result of `numpy.core.multiarray._reconstruct`, which is empty until its state is set."""
+    """Stand-in for the array that `numpy.core.multiarray._reconstruct` returns, empty until its state is set."""
 
     def __init__(self, *_type_shape_dtype: object) -> None:
         self.tensor = torch.empty(0)
@@ -45,7 +45,7 @@ def _scalar(dtype: _Dtype, data: str | bytes) -> float:
 
 
 def _latin1(data: str | bytes, _encoding: str = "latin1") -> bytes:
-    """Bytes, which pickles of Python 2 and of protocols up to 2 store as text."""
+    """Bytes from text, as which pickles of Python 2 and of protocols 0 to 2 store them."""
     return data.encode("latin1") if isinstance(data, str) else data
 
 
@@ -70,7 +70,10 @@ class _Unpickler(pickle.Unpickler):
 
 
 def load(path: Path) -> Any:
-    """The content of a pickle; arrays that are values of (nested) dictionaries become tensors.
+    """Load a pickle. Arrays that are values of dictionaries, also of nested ones, become tensors.
+
+    Args:
+        path: of the file.
 
     Raises:
         ValueError: the pickle holds anything but numeric arrays, numbers, text and plain containers, or is damaged.
@@ -79,7 +82,7 @@ def load(path: Path) -> Any:
         try:
             return _tensors(_Unpickler(file, encoding="latin1").load())
         except (pickle.UnpicklingError, EOFError, TypeError, ValueError, AttributeError, LookupError) as error:
-            raise ValueError(f"{path}: {error}") from error  # a damaged pickle raises any of these
+            raise ValueError(f"{path}: {error}") from error  # a damaged pickle may raise any of these
 
 
 def _tensors(value: Any) -> Any:

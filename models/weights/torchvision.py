@@ -4,14 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
+from urllib.error import URLError
 
+import torch
 from torch import Tensor
+from torchvision.models import get_model_weights
 
-from models.config import FPN, ModelConfig, RoIAlign
+from models.config import FPN, BackboneConfig, ModelConfig, RoIAlign
+from models.distributed import barrier, rank
 from models.weights.architecture import Weights, backbone_of, network_of
 from models.weights.categories import categories_for
 
-# Names of modules in torchvision's detectors, except for the ResNet's, and in fastmask's
+# torchvision's names of the ResNets by depth, groups and width per group
+_RESNETS = {
+    (18, 1, 64): "resnet18",
+    (34, 1, 64): "resnet34",
+    (50, 1, 64): "resnet50",
+    (101, 1, 64): "resnet101",
+    (101, 64, 4): "resnext101_64x4d",
+    (101, 32, 8): "resnext101_32x8d",
+}
+# torchvision's names of a detector's modules, except for those of the ResNet, and fastmask's
 _MODULES = {
     **{f"backbone.fpn.inner_blocks.{i}.0": f"backbone.fpn.lateral.{i}.conv" for i in range(4)},
     **{f"backbone.fpn.inner_blocks.{i}.1": f"backbone.fpn.lateral.{i}.norm" for i in range(4)},
@@ -44,19 +58,20 @@ _MODULES = {
 def convert_detector(state: Mapping[str, Tensor]) -> Weights:
     """Convert the state dict of one of torchvision's detectors, with any classes, keypoints and ResNet.
 
-    A state dict does not hold the epsilon of the batch norms. It is taken as 1e-5 for trainable batch norms (all of
-    the second generation), and as 0 for frozen ones: so it is in the published files, in the models that
-    `weights="DEFAULT"` builds from them, and in models fine-tuned from those. In a model that was trained from an
-    ImageNet backbone, frozen batch norms have 1e-5.
+    A state dict does not hold the epsilon of the batch norms. Trainable batch norms, which all detectors of the second
+    generation have, are given 1e-5. Frozen ones are given 0, which is the value of the published files, of the models
+    that `weights="DEFAULT"` builds from them, and of models fine-tuned from those. A model that was trained from an
+    ImageNet backbone has 1e-5 in frozen batch norms.
 
     Args:
-        state: tensors under torchvision's names, of either generation and before or after version 0.13.
+        state: tensors under torchvision's names, of either generation, from versions before and since 0.13.
 
     Returns:
-        Tensors under fastmask's names; names that fastmask does not know are kept, so that they can be reported.
+        Tensors under fastmask's names, the config that they imply, and COCO's categories if their number is that of
+        COCO. Tensors of unknown names keep them, so that they can be reported.
 
     Raises:
-        ValueError: see `network_of`.
+        ValueError: the tensors imply a depth or a number of anchors that fastmask does not support.
     """
     tensors = {_rename(name): tensor for name, tensor in state.items()}
     # torchvision predicts a box and a mask of the background too, which are neither trained nor used
@@ -80,13 +95,48 @@ def convert_detector(state: Mapping[str, Tensor]) -> Weights:
 
 
 def convert_backbone(state: Mapping[str, Tensor]) -> Weights:
-    """Convert the state dict of one of torchvision's ImageNet ResNets; its last layer, the classifier, is left out."""
+    """Convert the state dict of one of torchvision's ImageNet ResNets, without its classifier.
+
+    Args:
+        state: tensors under torchvision's names.
+
+    Returns:
+        Tensors under fastmask's names, and a config of which only `backbone` is implied by them.
+
+    Raises:
+        ValueError: the depth is not one of `BackboneConfig`.
+    """
     tensors = {f"backbone.{name}": tensor for name, tensor in state.items() if not name.startswith("fc.")}
     return Weights(tensors, ModelConfig(backbone=backbone_of(tensors)), categories=None)
 
 
+def download_backbone(config: BackboneConfig) -> Path:
+    """Download torchvision's ImageNet weights of a backbone, unless the file exists.
+
+    Under `torchrun`, the first process downloads the file.
+
+    Args:
+        config: depth, groups, width.
+
+    Returns:
+        The path of the file, in the cache of `torch.hub`.
+
+    Raises:
+        ValueError: the download fails.
+    """
+    published = get_model_weights(_RESNETS[config.depth, config.groups, config.width_per_group])["IMAGENET1K_V1"]
+    path = Path(torch.hub.get_dir(), "checkpoints", Path(published.url).name)
+    try:
+        if rank() == 0 and not path.exists():
+            published.get_state_dict(progress=True, check_hash=True)
+    except URLError as error:
+        raise ValueError(f"weights: expected {published.url} or --weights FILE, got {error}") from error
+    barrier()
+    return path
+
+
 def _rename(name: str) -> str:
-    """fastmask's name of a tensor, or the same name if there is none."""
+    """fastmask's name of a tensor, or the given name if there is none."""
     if name.startswith("backbone.body."):
         return name.replace("backbone.body.", "backbone.")
     module, _, leaf = name.rpartition(".")

@@ -1,4 +1,4 @@
-"""The Python code of the documentation runs as it stands there."""
+"""The Python code in the documentation runs unchanged, and models.md names the presets and losses of the code."""
 
 import re
 from pathlib import Path
@@ -29,7 +29,7 @@ def test_getting_started(tmp_path, monkeypatch):
     torch.manual_seed(0)
     model = MaskRCNN(PRESETS["demo"].model)
     with torch.no_grad():
-        model.box_head.class_logits.bias[1] += 9  # an untrained model would detect nothing
+        model.box_head.class_logits.bias[1] += 9  # otherwise an untrained model detects nothing
     path, image = Path("runs/demo/model.pth"), Path("runs/shapes/val2017/000000000001.jpg")
     for folder in (path.parent, image.parent):
         folder.mkdir(parents=True)
@@ -56,11 +56,20 @@ def test_getting_started(tmp_path, monkeypatch):
     assert len(detections.to("cpu")) == count
 
 
-def test_the_swaps_of_the_readme():
-    accelerated, own = blocks("README.md")
+def test_models_names_the_presets_and_the_losses():
+    text = (ROOT / "docs/models.md").read_text()
+    table = text.partition("| preset | |\n|---|---|\n")[2].partition("\n\n")[0]
+    names = [name for row in table.splitlines() for name in re.findall(r"`(.*?)`", row.split("|")[1])]
+    assert sorted(names) == sorted(PRESETS)
+    returned = set(re.findall(r"`(loss_\w+)`", MaskRCNN.losses.__doc__))
+    assert set(re.findall(r"`(loss_\w+)`", text)) == returned
+
+
+def test_the_code_of_the_readme():
+    accelerated, direct = blocks("README.md")
     names = {"model": maskrcnn_resnet50_fpn(weights=None, weights_backbone=None)}
     exec(accelerated, names)
     assert isinstance(names["model"].roi_heads.box_roi_pool, fastmask.MultiScaleRoIAlign)
-    exec(own, names)
+    exec(direct, names)
     assert isinstance(names["pool"], fastmask.MultiScaleRoIAlign)
     assert names["nms"] is fastmask.nms

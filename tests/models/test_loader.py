@@ -101,7 +101,7 @@ def test_batches_are_of_one_orientation_and_epochs_complete():
         assert len(batch) == 4
         assert len({index < 13 for index, _ in batch}) == 1
     counts = Counter(index for batch in batches for index, _ in batch)
-    # At most 3 of each orientation still wait for their batch, which others of the next epoch may have preceded.
+    # Up to 3 images of each orientation are left over from an epoch, so a count may be one too low or too high
     assert set(counts) == set(range(19))
     assert all(11 <= count <= 13 for count in counts.values())
     draws = [draw for batch in batches for draw in batch]

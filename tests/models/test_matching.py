@@ -26,59 +26,59 @@ TARGET = Target(
 
 
 def test_thresholds_are_inclusive():
-    matches, labels = match(BOXES, TARGET, 0.5, 0.4, crowd_overlap=0.7)
-    assert labels.tolist() == [POSITIVE, POSITIVE, IGNORED, NEGATIVE, IGNORED]
+    matches, kinds = match(BOXES, TARGET, 0.5, 0.4, crowd_overlap=0.7)
+    assert kinds.tolist() == [POSITIVE, POSITIVE, IGNORED, NEGATIVE, IGNORED]
     assert matches[:3].tolist() == [0, 0, 0]
     assert matches[4] == 1
 
 
 def test_every_object_gets_its_best_box():
-    _, labels = match(BOXES, TARGET, 0.7, 0.3, crowd_overlap=0.7, best_for_each=True)
-    assert labels.tolist() == [POSITIVE, IGNORED, IGNORED, NEGATIVE, POSITIVE]
+    _, kinds = match(BOXES, TARGET, 0.7, 0.3, crowd_overlap=0.7, best_for_each=True)
+    assert kinds.tolist() == [POSITIVE, IGNORED, IGNORED, NEGATIVE, POSITIVE]
     far = Target(torch.tensor([[500.0, 500, 510, 510]]), torch.tensor([1]), torch.zeros(0, 4))
-    _, labels = match(BOXES, far, 0.7, 0.3, crowd_overlap=0.7, best_for_each=True)
-    assert labels.tolist() == [NEGATIVE] * 5  # an IoU of 0 makes no box positive
+    _, kinds = match(BOXES, far, 0.7, 0.3, crowd_overlap=0.7, best_for_each=True)
+    assert kinds.tolist() == [NEGATIVE] * 5  # an IoU of 0 makes no box positive
 
 
 def test_without_objects_every_box_is_background():
     empty = Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4))
-    matches, labels = match(BOXES, empty, 0.5, 0.5, crowd_overlap=0.7)
-    assert labels.tolist() == [NEGATIVE] * 5
+    matches, kinds = match(BOXES, empty, 0.5, 0.5, crowd_overlap=0.7)
+    assert kinds.tolist() == [NEGATIVE] * 5
     assert matches.tolist() == [0] * 5
 
 
 def test_a_box_without_area_is_background():
-    _, labels = match(torch.zeros(1, 4), TARGET, 0.5, 0.5, crowd_overlap=0.7)
-    assert labels.tolist() == [NEGATIVE]
+    _, kinds = match(torch.zeros(1, 4), TARGET, 0.5, 0.5, crowd_overlap=0.7)
+    assert kinds.tolist() == [NEGATIVE]
 
 
 def test_negatives_in_a_crowd_are_ignored():
-    crowd = torch.tensor([[33.0, 0, 100, 100], [0, 0, 10, 24]])  # holds 0.7 of the fourth box, and all of the last
+    crowd = torch.tensor([[33.0, 0, 100, 100], [0, 0, 10, 24]])  # covers 0.7 of the fourth box and all of the last
     target = Target(TARGET.boxes, TARGET.labels, crowd)
-    _, labels = match(BOXES, target, 0.5, 0.5, crowd_overlap=0.7)
-    assert labels.tolist() == [POSITIVE, POSITIVE, IGNORED, IGNORED, IGNORED]
-    _, labels = match(BOXES, target, 0.5, 0.5, crowd_overlap=0.71)
-    assert labels.tolist() == [POSITIVE, POSITIVE, IGNORED, NEGATIVE, IGNORED]
+    _, kinds = match(BOXES, target, 0.5, 0.5, crowd_overlap=0.7)
+    assert kinds.tolist() == [POSITIVE, POSITIVE, IGNORED, IGNORED, IGNORED]
+    _, kinds = match(BOXES, target, 0.5, 0.5, crowd_overlap=0.71)
+    assert kinds.tolist() == [POSITIVE, POSITIVE, IGNORED, NEGATIVE, IGNORED]
 
 
 @pytest.mark.parametrize(
     ("positives", "negatives", "expected"),
     [
-        (10, 90, (4, 12)),  # of 16, a quarter
-        (2, 90, (2, 14)),  # negatives fill up
-        (10, 5, (4, 5)),  # positives do not
+        (10, 90, (4, 12)),  # a quarter of 16 is positive
+        (2, 90, (2, 14)),  # negatives replace missing positives
+        (10, 5, (4, 5)),  # positives do not replace missing negatives
         (0, 90, (0, 16)),
         (0, 0, (0, 0)),
     ],
 )
-def test_samples(positives, negatives, expected):
-    labels = torch.full((2, 100), IGNORED)
-    labels[0, :positives] = POSITIVE
-    labels[0, 100 - negatives :] = NEGATIVE
+def test_numbers_of_samples(positives, negatives, expected):
+    kinds = torch.full((2, 100), IGNORED)
+    kinds[0, :positives] = POSITIVE
+    kinds[0, 100 - negatives :] = NEGATIVE
     torch.manual_seed(0)
-    index, valid = sample(labels, 16, 0.25)
+    index, valid = sample(kinds, 16, 0.25)
     assert index.shape == valid.shape == (2, 16)
-    drawn = labels[0, index[0][valid[0]]]
+    drawn = kinds[0, index[0][valid[0]]]
     assert ((drawn == POSITIVE).sum(), (drawn == NEGATIVE).sum()) == expected
     assert (drawn[: expected[0]] == POSITIVE).all()
     assert valid[0, : sum(expected)].all()
@@ -86,18 +86,18 @@ def test_samples(positives, negatives, expected):
     assert not valid[1].any()
 
 
-def test_samples_are_drawn_evenly():
+def test_samples_are_drawn_uniformly():
     torch.manual_seed(0)
-    labels = torch.full((4000, 10), NEGATIVE)
-    index, valid = sample(labels, 4, 0.25)
+    kinds = torch.full((4000, 10), NEGATIVE)
+    index, valid = sample(kinds, 4, 0.25)
     assert valid.all()
     counts = index.flatten().bincount(minlength=10)
     assert (counts - 1600).abs().max() < 160  # five standard deviations
 
 
 def test_more_samples_than_boxes():
-    labels = torch.tensor([[POSITIVE, NEGATIVE, IGNORED]])
-    index, valid = sample(labels, 10**6, 0.5)
+    kinds = torch.tensor([[POSITIVE, NEGATIVE, IGNORED]])
+    index, valid = sample(kinds, 10**6, 0.5)
     assert index.shape == (1, 3)
     assert index[valid].tolist() == [0, 1]
 

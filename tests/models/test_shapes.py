@@ -59,7 +59,7 @@ def edge(mask):
     return windows.any((2, 3)) & ~windows.all((2, 3))
 
 
-def test_layout_is_coco_s(config, coco):
+def test_layout_is_that_of_coco(config, coco):
     names = [f"{task}_{split}.json" for task in coco for split in ("train2017", "val2017")]
     assert sorted(path.name for path in (config.output / "annotations").iterdir()) == sorted(names)
     assert len(list((config.output / "train2017").iterdir())) == config.train
@@ -84,7 +84,7 @@ def test_categories(coco):
     assert set(joints.ravel()) == set(range(1, 18))
 
 
-def test_area_and_bbox_are_the_mask_s(coco):
+def test_area_and_bbox_are_those_of_the_mask(coco):
     data = coco["instances"]
     for entry in data.anns.values():
         image, mask = data.imgs[entry["image_id"]], data.annToMask(entry)
@@ -132,7 +132,7 @@ def test_segmentations_are_those_of_the_scene(coco, drawn):
     assert np.mean(offsets, axis=0) == pytest.approx(0, abs=0.06)
 
 
-def test_objects_cover_each_other_and_every_one_has_a_mask(drawn):
+def test_masks_of_overlapping_objects_are_disjoint(drawn):
     hidden = 0
     for _, instances in drawn:
         masks = np.array([instance.mask for instance in instances])
@@ -141,7 +141,7 @@ def test_objects_cover_each_other_and_every_one_has_a_mask(drawn):
     assert hidden > len(drawn)
 
 
-def test_same_category_overlaps(coco):
+def test_objects_of_the_same_category_overlap(coco):
     overlaps = 0
     for image in coco["instances"].imgs:
         entries = coco["instances"].loadAnns(coco["instances"].getAnnIds(image, iscrowd=False))

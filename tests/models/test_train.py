@@ -24,17 +24,9 @@ pytestmark = [pytest.mark.reference_only, pytest.mark.unpoisoned]
 ROOT = Path(__file__).parents[2]
 OPTIONS = (
     *("--model.input.min-size", "64", "--model.input.max-size", "96", "--data.train-min-sizes", "64"),
-    *(
-        "--solver.lr",
-        "0.08",
-        "--solver.images-per-gpu",
-        "2",
-        "--solver.iterations",
-        "6",
-        "--solver.checkpoint-every",
-        "2",
-    ),
-    *("--solver.evaluate-every", "6", "--solver.log-every", "1", "--data.workers", "1"),
+    *("--solver.lr", "0.08", "--solver.images-per-gpu", "2", "--solver.iterations", "6"),
+    *("--solver.checkpoint-every", "2", "--solver.evaluate-every", "6", "--solver.log-every", "1"),
+    *("--data.workers", "1"),
 )
 
 
@@ -79,7 +71,7 @@ def weights(path):
 
 
 def log_of(output):
-    """The lines of training in a run's log."""
+    """The lines of a run's log that are about training."""
     lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
     return [line for line in lines if line["group"] == "train"]
 

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 Points = NDArray[np.float64]  # [N, 2], x and y
 
-# COCO's keypoints in its order, and the parts of a person that each belongs to. A keypoint is visible if one of its
-# parts is in front at its place.
+# COCO's keypoints in COCO's order, and the parts of a person that each belongs to. A keypoint is visible if the
+# frontmost part at its position is one of these.
 KEYPOINTS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("nose", "left_eye", "right_eye"), ("head", "face")),
     **dict.fromkeys(("left_ear", "right_ear"), ("head",)),
@@ -48,7 +48,7 @@ class Figure:
     crowd: bool = False
 
     def transform(self, matrix: Points, offset: Points) -> Figure:
-        """The figure with each point multiplied by `matrix`, `[2, 2]`, and moved by `offset`, `[2]`."""
+        """A copy with each point multiplied by `matrix`, `[2, 2]`, and moved by `offset`, `[2]` in pixels."""
 
         def move(polygons: Iterable[Points]) -> tuple[Points, ...]:
             return tuple(polygon @ matrix.T + offset for polygon in polygons)
@@ -79,7 +79,13 @@ def figure(category: str, size: float, centre: Points, rng: Generator) -> Figure
 
 
 def crowd(category: str, centre: Points, rng: Generator) -> Figure:
-    """Draw many small objects around `centre`, which are annotated as one."""
+    """Draw many small objects, which are annotated as one crowd.
+
+    Args:
+        category: of all objects.
+        centre: x and y in pixels, around which the objects are placed.
+        rng: determines everything else.
+    """
     count, size = rng.integers(8, 15), rng.uniform(13, 19)
     places = centre + rng.normal(scale=1.4 * size, size=(count, 2))
     members = [figure(category, size * rng.uniform(0.8, 1.2), place, rng) for place in places]
@@ -140,7 +146,7 @@ def _person(rng: Generator) -> Figure:
 
 
 def _chain(start: Sequence[float], lengths: Sequence[float], angles: Sequence[float]) -> Points:
-    """Joints of a limb from `start` on. Angles are in radians, 0 is straight down and positive ones point outwards."""
+    """Joints of a limb from `start` on. Angles are in radians: 0 points straight down, positive ones outwards."""
     steps = [(length * np.sin(angle), length * np.cos(angle)) for length, angle in zip(lengths, angles, strict=True)]
     return np.cumsum([start, *steps], 0)
 

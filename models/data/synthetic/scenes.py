@@ -1,8 +1,8 @@
 """Generated images of overlapping textured figures, and their ground truth.
 
-Only the outline distinguishes the categories: colours and textures are random, also those of the background. Later
+Only the outline distinguishes the categories: the colours and textures of figures and background are random. Later
 figures cover earlier ones. A figure is placed only where enough of it and of all others stays visible, so that every
-visible object has an annotation. Coordinates are continuous pixels: pixel i covers [i, i + 1].
+object has an annotation. Coordinates are continuous pixels: pixel i covers [i, i + 1].
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ CATEGORIES = ("person", *OUTLINES)
 SIZES = (20, 80, 180)  # square root of a figure's area in pixels: minimum, mode and maximum
 MIN_VISIBLE = 0.6  # fraction of a figure's area that is inside the image and not covered
 MIN_PIXELS = 24  # visible pixels of a figure
-SIBLING = 0.3  # probability that a figure is placed at one of the same category, to overlap it
+SIBLING = 0.3  # probability that a figure is placed on one of the same category, to overlap it
 CROWD = 0.12  # probability of a crowd in an image
 TRIES = 20  # attempts to place a figure
 SUPERSAMPLE = 5  # subpixels per side of a pixel, for antialiased edges
-# Coverage, of 255, from which a pixel belongs to a mask: a half, plus half a subpixel because Pillow's polygons are too
-# wide by that.
+# The coverage, in 0..255, from which a pixel belongs to a mask: a half, plus half a subpixel because Pillow's polygons
+# are wider by that.
 COVERED = round(255 * (0.5 + 0.5 / SUPERSAMPLE))
 
 
@@ -47,7 +47,7 @@ def draw(rng: Generator, sides: tuple[int, int], objects: tuple[int, int]) -> tu
     Args:
         rng: determines everything.
         sides: minimum and maximum of height and width, in pixels.
-        objects: minimum and maximum number of objects, not counting a crowd. Fewer result if some find no place.
+        objects: minimum and maximum number of objects, without a crowd. Objects that do not fit are left out.
 
     Returns:
         The image, and its objects from back to front.
@@ -123,7 +123,7 @@ class _Scene:
         """A random texture in two colours that stand out from what it covers.
 
         Args:
-            beneath: `[N, 3]`, pixels to be covered. Of 16 random pairs of colours, the most distant one is taken.
+            beneath: `[N, 3]`, pixels to be covered. The most distant of 16 random pairs of colours is taken.
             size: width and height.
         """
         pairs = self.rng.integers(0, 256, (16, 2, 3))

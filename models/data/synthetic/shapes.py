@@ -23,7 +23,7 @@ from models.data.coco import PIXEL_CENTRE
 from models.data.synthetic import scenes
 from models.data.synthetic.figures import KEYPOINTS, SKELETON
 
-# The ids have gaps, as COCO's have: an id is not a label.
+# The ids have gaps, like those of COCO: an id is not a label.
 CATEGORY_IDS = dict(zip(scenes.CATEGORIES, (1, 3, 4, 8, 9), strict=True))
 SPLITS = ("train2017", "val2017")
 SETTINGS = "shapes.json"  # in the data set's folder: the settings and the code that generated it
@@ -49,7 +49,14 @@ class ShapesConfig:
 
 
 def ensure(config: ShapesConfig) -> None:
-    """Generate the data set, unless the folder already has it with the same settings and code."""
+    """Generate the data set, unless the folder has one that was generated with the same settings and code.
+
+    Args:
+        config: the folder and the settings.
+
+    Raises:
+        ValueError: as for `generate`.
+    """
     settings = config.output / SETTINGS
     if not (settings.exists() and settings.read_text() == _settings(config)):
         generate(config)
@@ -58,8 +65,11 @@ def ensure(config: ShapesConfig) -> None:
 def generate(config: ShapesConfig) -> None:
     """Write the data set, replacing an earlier one. The folder appears only when it is complete.
 
+    Args:
+        config: the folder and the settings.
+
     Raises:
-        ValueError: The folder has other files.
+        ValueError: the folder has files that are no generated data set.
     """
     output = config.output.resolve()
     if output.exists() and any(output.iterdir()) and not (output / SETTINGS).exists():
@@ -77,13 +87,29 @@ def generate(config: ShapesConfig) -> None:
 
 
 def scene(config: ShapesConfig, split: str, index: int) -> tuple[Image.Image, list[scenes.Instance]]:
-    """Image `index` of a split with its objects. It does not depend on the number of images."""
+    """Draw one image.
+
+    Args:
+        config: seed and ranges. The image does not depend on the numbers of images.
+        split: one of `SPLITS`.
+        index: of the image in its split.
+
+    Returns:
+        The image, and its objects from back to front.
+    """
     rng = np.random.default_rng((config.seed, SPLITS.index(split), index))
     return scenes.draw(rng, config.sides, config.objects)
 
 
 def annotation(instance: scenes.Instance) -> dict[str, Any]:
-    """COCO's annotation of an object, without `id` and `image_id`; with keypoints for a person."""
+    """Annotate an object in COCO's format.
+
+    Args:
+        instance: the object.
+
+    Returns:
+        The annotation without `id` and `image_id`; a person's has keypoints.
+    """
     height, width = instance.mask.shape
     rle: Any = coco_mask.encode(np.asfortranarray(instance.mask, np.uint8))
     segmentation: Any = {"size": [height, width], "counts": rle["counts"].decode()}
