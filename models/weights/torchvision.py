@@ -122,9 +122,13 @@ def download_backbone(config: BackboneConfig) -> Path:
         The path of the file, in the cache of `torch.hub`.
 
     Raises:
-        ValueError: the download fails.
+        ValueError: torchvision publishes no such backbone, or the download fails.
     """
-    published = get_model_weights(_RESNETS[config.depth, config.groups, config.width_per_group])["IMAGENET1K_V1"]
+    shape = config.depth, config.groups, config.width_per_group
+    if shape not in _RESNETS:
+        published = ", ".join(map(str, _RESNETS))
+        raise ValueError(f"weights: expected --weights FILE or a (depth, groups, width) of {published}, got {shape}")
+    published = get_model_weights(_RESNETS[shape])["IMAGENET1K_V1"]
     path = Path(torch.hub.get_dir(), "checkpoints", Path(published.url).name)
     try:
         if rank() == 0 and not path.exists():

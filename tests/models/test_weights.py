@@ -154,6 +154,11 @@ def test_an_unsupported_depth():
         weights_torchvision.convert_backbone(state)
 
 
+def test_a_backbone_without_published_weights():
+    with pytest.raises(ValueError, match=r"weights: expected --weights FILE or a .*, got \(50, 2, 64\)"):
+        weights_torchvision.download_backbone(BackboneConfig(groups=2))
+
+
 def test_unsupported_anchors():
     state = torchvision_state("fasterrcnn_resnet50_fpn")
     for leaf in ("weight", "bias"):
