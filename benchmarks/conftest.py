@@ -19,10 +19,6 @@ def pytest_addoption(parser):
     group.addoption("--results", type=Path, help="JSON file in which the sections that run are replaced")
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "quick: also run by --quick")
-
-
 def pytest_collection_modifyitems(config, items):
     for item in items:
         item.add_marker(pytest.mark.filterwarnings("default"))  # peers may warn

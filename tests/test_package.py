@@ -92,7 +92,7 @@ def documented():
             yield f"box_ops.{name}", value
 
 
-@pytest.mark.parametrize(("name", "value"), documented())
+@pytest.mark.parametrize(("name", "value"), list(documented()))
 def test_docstrings_explain_every_argument(name, value):
     text = inspect.getdoc(value)
     parts = ("Args:",) if inspect.isclass(value) else ("Args:", "Returns:", "Raises:")

@@ -48,7 +48,8 @@ def check_features(name: str, levels: Sequence[Any]) -> list[Tensor]:
             )
         if feature.device != first.device:
             raise ValueError(f"{name}: expected all levels on {first.device}, got {feature.device}")
-        dtype = torch.promote_types(dtype, feature.dtype)
+        if feature.dtype != dtype:
+            dtype = torch.promote_types(dtype, feature.dtype)
     return [feature if feature.dtype == dtype else feature.to(dtype) for feature in levels]
 
 
