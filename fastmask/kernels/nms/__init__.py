@@ -158,8 +158,8 @@ def nms_padded(
             raise TypeError(f"counts: expected a signed integer dtype or uint8, got {counts.dtype}")
         _check_matches_boxes("counts", counts, boxes, boxes.shape[:1])
     max_output = check_int("max_output", max_output, least=0)
-    if len(boxes) * max_output > MAX_INT32:
-        raise ValueError(f"max_output: expected fewer than 2^31 results in {len(boxes)} segments, got {max_output}")
+    if boxes.shape[0] * max_output > MAX_INT32:
+        raise ValueError(f"max_output: expected fewer than 2^31 results in {boxes.shape[0]} segments, got {max_output}")
     spec = NMSSpec(
         iou_threshold=check_fraction("iou_threshold", iou_threshold),
         score_threshold=None if score_threshold is None else check_float("score_threshold", score_threshold),
