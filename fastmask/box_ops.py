@@ -1,8 +1,8 @@
 """Box algebra in plain torch. Boxes are `(x1, y1, x2, y2)`, continuous pixel coordinates, x2 and y2 exclusive.
 
-Boxes are floating or integer tensors with the coordinates in their last dimension. `encode` and `decode` take
-integers as float32; `area` and `iou` compute in int32 for integers of up to 32 bits, in int64 for wider ones and for
-uint32, and in float32 for half precision, as torchvision does. The arithmetic is differentiable.
+Boxes are floating or integer tensors with the coordinates in their last dimension. `encode` and `decode` convert
+integers to float32. `area` and `iou` compute in float32 for half precision, in int64 for int64, uint32 and uint64, and
+in int32 for all other integers. All functions are differentiable.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def encode(boxes: Tensor, anchors: Tensor, weights: Sequence[float] = (1.0, 1.0,
     """Regression targets that turn `anchors` into `boxes` (Girshick et al. 2014, appendix C).
 
     Args:
-        boxes: `[..., 4]`, of positive size.
-        anchors: `[..., 4]`, of positive size, broadcast against `boxes`.
+        boxes: `[..., 4]`, of positive size, in any one unit.
+        anchors: `[..., 4]`, of positive size, in the unit of `boxes`, broadcast against `boxes`.
         weights: factors of dx, dy, dw and dh.
 
     Returns:
@@ -117,13 +117,13 @@ def clip(boxes: Tensor, image_size: tuple[int, int] | Tensor) -> Tensor:
 
 @overridable
 def area(boxes: Tensor) -> Tensor:
-    """The area of each box, as `torchvision.ops.box_area`.
+    """Areas of boxes, `(x2 - x1) * (y2 - y1)`, as `torchvision.ops.box_area`.
 
     Args:
-        boxes: `[..., 4]`.
+        boxes: `[..., 4]`, in any one unit.
 
     Returns:
-        `[...]`, in square pixels.
+        `[...]`, in the squared unit; negative for a box with one inverted side.
 
     Raises:
         ValueError: `boxes` has another shape.
@@ -138,8 +138,8 @@ def iou(boxes: Tensor, others: Tensor) -> Tensor:
     """Intersection over union of all pairs, as `torchvision.ops.box_iou`.
 
     Args:
-        boxes: `[..., N, 4]`.
-        others: `[..., M, 4]`; dimensions before the last two are broadcast.
+        boxes: `[..., N, 4]`, in any one unit.
+        others: `[..., M, 4]`, in the unit of `boxes`; dimensions before the last two are broadcast.
 
     Returns:
         `[..., N, M]`, floating; NaN where both areas are 0.

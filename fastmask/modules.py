@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastmask.kernels._rois import REDUCTIONS, check_features, check_output_size, check_sampling_ratio
+from fastmask.kernels._runtime import overridable
 from fastmask.kernels._validation import (
     check_choice,
     check_flag,
@@ -33,6 +34,9 @@ class RoIAlign(nn.Module):
         sampling_ratio: samples per bin and axis; 0 or less: `ceil(bin size)`.
         aligned: shift boxes by half a feature pixel and allow sizes below 1 (detectron2's `ROIAlignV2`).
         reduction: `"mean"` or `"max"` of the samples of a bin.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type or value.
     """
 
     def __init__(
@@ -53,7 +57,7 @@ class RoIAlign(nn.Module):
         self.reduction = check_choice("reduction", reduction, REDUCTIONS)
 
     def forward(self, input: Tensor, rois: Tensor | Sequence[Tensor]) -> Tensor:
-        """Pool each RoI; raises what `roi_align` raises, which calls the RoIs `boxes`.
+        """Pool each RoI; errors are those of `roi_align`, where `rois` are named `boxes`.
 
         Args:
             input: `[N, C, H, W]` features, floating.
@@ -85,6 +89,9 @@ class RoIPool(nn.Module):
     Args:
         output_size: bins, `(PH, PW)` or one number for both.
         spatial_scale: feature pixels per image pixel.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type or value.
     """
 
     def __init__(self, output_size: int | tuple[int, int], spatial_scale: float) -> None:
@@ -94,7 +101,7 @@ class RoIPool(nn.Module):
         self.spatial_scale = check_positive("spatial_scale", spatial_scale)
 
     def forward(self, input: Tensor, rois: Tensor | Sequence[Tensor]) -> Tensor:
-        """Pool each RoI; raises what `roi_pool` raises, which calls the RoIs `boxes`.
+        """Pool each RoI; errors are those of `roi_pool`, where `rois` are named `boxes`.
 
         Args:
             input: `[N, C, H, W]` features, floating.
@@ -117,6 +124,9 @@ class RoIWarp(nn.Module):
         spatial_scale: feature pixels per image pixel.
         sampling_ratio: samples per bin and axis; 0 or less: `ceil(bin size)`.
         reduction: `"mean"` or `"max"` of the samples of a bin.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type or value.
     """
 
     def __init__(
@@ -135,7 +145,7 @@ class RoIWarp(nn.Module):
         self.reduction = check_choice("reduction", reduction, REDUCTIONS)
 
     def forward(self, input: Tensor, rois: Tensor | Sequence[Tensor]) -> Tensor:
-        """Pool each RoI; raises what `roi_warp` raises, which calls the RoIs `boxes`.
+        """Pool each RoI; errors are those of `roi_warp`, where `rois` are named `boxes`.
 
         Args:
             input: `[N, C, H, W]` features, floating.
@@ -164,7 +174,7 @@ class MultiScaleRoIAlign(nn.Module):
     """RoIAlign from a dictionary of feature maps: `torchvision.ops.MultiScaleRoIAlign`, in one launch.
 
     Args:
-        featmap_names: the entries of the dictionary to pool from, which must come finest first in it.
+        featmap_names: names of the entries to pool from. The dictionary must hold them finest first.
         output_size: bins, `(PH, PW)` or one number for both.
         sampling_ratio: samples per bin and axis; 0 or less: `ceil(bin size)`.
         canonical_scale, canonical_level: a box of this side, in image pixels, is pooled from this level (Lin et al.
@@ -172,6 +182,9 @@ class MultiScaleRoIAlign(nn.Module):
         aligned: shift boxes by half a feature pixel and allow sizes below 1 (detectron2's `ROIAlignV2`).
         reduction: `"mean"` or `"max"` of the samples of a bin.
         level_rounding: `"torchvision"` or `"detectron2"`: whose boundary between levels is reproduced exactly.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type or value.
     """
 
     def __init__(
@@ -203,10 +216,10 @@ class MultiScaleRoIAlign(nn.Module):
 
         Args:
             x: feature maps `[N, C, H_l, W_l]` by name.
-            boxes: one `[L, 4]` per image, `(x1, y1, x2, y2)` in input pixels.
-            image_shapes: `(height, width)` of each image of the batch, before padding. The scale of a level is the
-                power of two nearest to its height over the largest of theirs. It is inferred in each call, so images
-                may change size; torchvision keeps the scales of the first call.
+            boxes: one `[K_n, 4]` per image, `(x1, y1, x2, y2)` in input pixels.
+            image_shapes: `(height, width)` of each image of the batch, before padding. The scale of a level is its
+                height divided by the largest image height, rounded to a power of two. It is inferred in each call, so
+                images may change size; torchvision keeps the scales of the first call.
 
         Returns:
             `[K, C, PH, PW]`, in the order of the boxes, in the features' dtype and the first level's memory format.
@@ -216,8 +229,7 @@ class MultiScaleRoIAlign(nn.Module):
                 `image_shapes` is empty.
         """
         features = select_levels(x, self.featmap_names)
-        scales = infer_scales(features, image_shapes)
-        check_levels("x", scales, self.level_rounding)
+        scales = infer_scales(features, image_shapes, self.level_rounding)
         return multiscale_roi_align(
             features,
             boxes,
@@ -237,6 +249,7 @@ class MultiScaleRoIAlign(nn.Module):
         )
 
 
+@overridable
 def select_levels(x: Any, names: Sequence[str]) -> list[Tensor]:
     """The named feature maps, in the dictionary's order."""
     if not isinstance(x, Mapping):
@@ -250,10 +263,13 @@ def select_levels(x: Any, names: Sequence[str]) -> list[Tensor]:
     return features
 
 
-def infer_scales(features: Sequence[Tensor], image_shapes: Any) -> list[float]:
-    """Feature pixels per image pixel of each level: the nearest power of two, by height."""
+@overridable
+def infer_scales(features: Sequence[Tensor], image_shapes: Any, level_rounding: str) -> list[float]:
+    """Feature pixels per image pixel of each level: the ratio of heights, rounded to a power of two."""
     shapes = check_sequence("image_shapes", image_shapes, "(height, width)")
     if not shapes:
         raise ValueError("image_shapes: expected one (height, width) per image, got none")
     height = max(check_pair("image_shapes", shape, least=1)[0] for shape in shapes)
-    return [2.0 ** round(math.log2(feature.shape[2] / height)) for feature in features]
+    scales = [2.0 ** round(math.log2(feature.shape[2] / height)) for feature in features]
+    check_levels("x", scales, level_rounding)
+    return scales

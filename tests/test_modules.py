@@ -58,6 +58,27 @@ def test_symbolic_tracing_goes_through_the_modules(name, device):
     assert torch.equal(traced(feature.to(device), BOXES.to(device)), module(feature.to(device), BOXES.to(device)))
 
 
+def test_symbolic_tracing_goes_through_the_multiscale_module(device):
+    class Detector(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pool = fastmask.MultiScaleRoIAlign(["fine", "coarse"], 2, 2)
+            self.halve = torch.nn.MaxPool2d(2)
+
+        def forward(self, feature, boxes, image_shapes):
+            return self.pool({"fine": feature, "coarse": self.halve(feature)}, boxes, image_shapes)
+
+    (feature,) = draw_pyramid([(8, 12)])
+    features = feature.to(device)
+    boxes = [draw_boxes(3, 1, 120, seed=image)[:, 1:].to(device) for image in range(len(feature))]
+    arguments = (features, boxes, [(32, 48)] * len(feature))
+    detector = Detector()
+    assert torch.equal(torch.fx.symbolic_trace(detector)(*arguments), detector(*arguments))
+    levels = {"fine": features, "coarse": detector.halve(features)}
+    traced = torch.fx.symbolic_trace(detector.pool)
+    assert torch.equal(traced(levels, *arguments[1:]), detector.pool(levels, *arguments[1:]))
+
+
 @pytest.mark.parametrize(
     ("error", "message", "construct"),
     [

@@ -97,6 +97,7 @@ B2, S2 = torch.rand(2, 5, 4), torch.rand(2, 5)
         (ValueError, r"iou_threshold: expected in \[0, 1\], got nan", lambda: nms_padded(B2, S2, NAN, 1)),
         (ValueError, "max_output: expected at least 0, got -1", lambda: nms_padded(B2, S2, 0.5, -1)),
         (ValueError, "max_output: expected an int in .*, got 2147483648", lambda: nms_padded(B2, S2, 0.5, 2**31)),
+        (ValueError, "max_output: expected fewer than 2.31 results", lambda: nms_padded(B2, S2, 0.5, 2**31 - 1)),
         (TypeError, r"max_output: expected an int, got 2\.5", lambda: nms_padded(B2, S2, 0.5, 2.5)),
         (TypeError, "boxes: expected a Tensor, got \\[\\[", lambda: nms(B1.tolist(), S1, 0.5)),
         (TypeError, "scores: expected a Tensor, got array", lambda: nms(B1, S1.numpy(), 0.5)),

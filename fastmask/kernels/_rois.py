@@ -25,7 +25,7 @@ MAX_SIDE = 2**30 - 1  # what `pack_size` holds
 
 
 def check_features(name: str, levels: Sequence[Any]) -> list[Tensor]:
-    """L >= 1 levels `[N, C, H_l, W_l]`, promoted to their widest dtype."""
+    """L >= 1 levels `[N, C, H_l, W_l]`, promoted to one dtype."""
     if not levels:
         raise ValueError(f"{name}: expected at least one level, got none")
     shapes = []
@@ -48,7 +48,8 @@ def check_features(name: str, levels: Sequence[Any]) -> list[Tensor]:
             )
         if feature.device != first.device:
             raise ValueError(f"{name}: expected all levels on {first.device}, got {feature.device}")
-        dtype = torch.promote_types(dtype, feature.dtype)
+        if feature.dtype != dtype:
+            dtype = torch.promote_types(dtype, feature.dtype)
     return [feature if feature.dtype == dtype else feature.to(dtype) for feature in levels]
 
 

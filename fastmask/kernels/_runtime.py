@@ -130,9 +130,14 @@ def overridable(function: Callable[P, T]) -> Callable[P, T]:
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
         relevant: list[Any] = []
         for value in (*args, *kwargs.values()):
-            relevant.extend(value) if isinstance(value, list | tuple) else relevant.append(value)
-        if has_torch_function(tuple(relevant)):
-            return handle_torch_function(call, tuple(relevant), *args, **kwargs)
+            if isinstance(value, (list, tuple)):  # a union `list | tuple` would be built anew in each call
+                relevant.extend(value)
+            elif isinstance(value, dict):
+                relevant.extend(value.values())
+            else:
+                relevant.append(value)
+        if has_torch_function(relevant):
+            return handle_torch_function(call, relevant, *args, **kwargs)
         return function(*args, **kwargs)
 
     return call

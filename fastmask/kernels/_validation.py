@@ -19,7 +19,7 @@ MAX_INT32 = 2**31 - 1  # what a kernel's integer arguments hold
 def check_tensor(
     name: str, value: object, *, floating: bool = False, integer: bool = False, real: bool = False
 ) -> None:
-    """A dense, strided tensor; if asked for, with a floating or an integer dtype, or one of real numbers."""
+    """A dense tensor, whose dtype is floating, integer or of real numbers where that is required."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {describe(value)}")
     if value.layout != torch.strided or value.is_quantized or value.is_nested:
@@ -93,7 +93,7 @@ def check_flag(name: str, value: Any) -> bool:
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
-    """One of some names."""
+    """One of `choices`."""
     if not isinstance(value, str) or value not in choices:
         quoted = " or ".join(f'"{choice}"' for choice in choices)
         if isinstance(value, str):
@@ -113,7 +113,7 @@ def check_pair(name: str, value: Any, *, least: int = -MAX_INT32, most: int = MA
 
 
 def check_sequence(name: str, value: Any, of: str) -> list[Any]:
-    """The items of a list or tuple, `of` something that the error names."""
+    """The items of a list or tuple; the error calls them `of`."""
     if not isinstance(value, list | tuple):
         raise TypeError(f"{name}: expected a sequence of {of}, got {describe(value)}")
     return list(value)

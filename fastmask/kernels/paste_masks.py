@@ -3,7 +3,7 @@
     p[n, y, x] = bilinear(masks[n], v, u)        out = p >= threshold, or p itself
     u = (x + 1/2 - x1) * m / (x2 - x1) - 1/2     v = (y + 1/2 - y1) * m / (y2 - y1) - 1/2
 
-with mask pixels that do not exist taken as 0 (He et al. 2017, §3.1, Inference).
+and the mask counts as 0 outside its pixels (He et al. 2017, §3.1, Inference).
 
 N masks, m their side, H x W the image. Coordinates are continuous: pixel (i, j) covers [j, j+1) x [i, i+1),
 so its centre lies at +1/2, and a box [x1, y1, x2, y2] is in the image's pixels. This is
@@ -299,8 +299,8 @@ def paste_masks(
     Returns:
         `[N, height, width]`, boolean masks, or probabilities in the dtype of `masks`; computed in float32
         (float64 for float64 masks), and without a gradient.
-        A box that is empty, inverted (for torchvision: in whole pixels, the last included), not finite, or
-        with a coordinate of 2^31 or more pastes probability 0 everywhere.
+        A box that is empty or inverted, or has a coordinate that is not finite or at least 2^31 in magnitude,
+        pastes probability 0 everywhere. With `"torchvision"` an empty box covers one pixel, as it does there.
 
     Raises:
         ValueError: `masks` or `boxes` has another shape or they are on two devices, the image has a negative

@@ -28,7 +28,14 @@ import torch
 from torch import Tensor
 
 from fastmask.kernels._runtime import overridable
-from fastmask.kernels._validation import check_float, check_fraction, check_int, check_same_device, check_tensor
+from fastmask.kernels._validation import (
+    MAX_INT32,
+    check_float,
+    check_fraction,
+    check_int,
+    check_same_device,
+    check_tensor,
+)
 from fastmask.kernels.nms.op import NMSSpec, nms_op, nms_padded_op
 
 
@@ -126,7 +133,7 @@ def nms_padded(
         boxes: `[B, N, 4]`, floating, `(x1, y1, x2, y2)` in any one unit; half precision is computed in float32.
         scores: `[B, N]`, floating. NaN counts as the highest, but never exceeds a `score_threshold`.
         iou_threshold: in [0, 1]; a box is dropped if its IoU with a kept one exceeds this.
-        max_output: the largest number of results per segment; the best are kept.
+        max_output: the largest number of results per segment; the best are kept. B * max_output < 2^31.
         classes: `[B, N]`, integer, boolean or floating; a box can only suppress boxes of its class.
         counts: `[B]`, signed integers or uint8; the first `counts[b]` boxes of segment b, clamped to [0, N], take part.
         score_threshold: only boxes with a score above this take part.
@@ -136,7 +143,8 @@ def nms_padded(
         count: `[B]` int64, the number of kept boxes.
 
     Raises:
-        ValueError: a shape or device does not match, `iou_threshold` is outside [0, 1], or `max_output` < 0.
+        ValueError: a shape or device does not match, `iou_threshold` is outside [0, 1], or `max_output` is negative
+            or too large.
         TypeError: an argument has another type, or a tensor another dtype, than listed here.
     """
     _check_boxes(boxes, ("B", "N"), scores)
@@ -149,9 +157,12 @@ def nms_padded(
         if counts.dtype in (torch.uint16, torch.uint32, torch.uint64):  # PyTorch compares these with no other dtype
             raise TypeError(f"counts: expected a signed integer dtype or uint8, got {counts.dtype}")
         _check_matches_boxes("counts", counts, boxes, boxes.shape[:1])
+    max_output = check_int("max_output", max_output, least=0)
+    if boxes.shape[0] * max_output > MAX_INT32:
+        raise ValueError(f"max_output: expected fewer than 2^31 results in {boxes.shape[0]} segments, got {max_output}")
     spec = NMSSpec(
         iou_threshold=check_fraction("iou_threshold", iou_threshold),
         score_threshold=None if score_threshold is None else check_float("score_threshold", score_threshold),
-        max_output=check_int("max_output", max_output, least=0),
+        max_output=max_output,
     )
     return nms_padded_op(boxes.detach(), scores.detach(), classes, counts, *spec)

@@ -54,13 +54,14 @@ def multiscale_roi_align(
 
     Args:
         features: list or tuple of L >= 1 levels `[N, C, H_l, W_l]`, finest first: float16, bfloat16, float32 or
-            float64. Mixed dtypes are promoted to the widest. channels_last is fastest.
-        boxes: `[K, 5]` rows `(image, x1, y1, x2, y2)`, or a list of one `[L, 4]` per image, in image pixels:
+            float64. Mixed dtypes are promoted as by `torch.promote_types`. channels_last is fastest.
+        boxes: `[K, 5]` rows `(image, x1, y1, x2, y2)`, or a list of one `[K_n, 4]` per image, in image pixels:
             continuous coordinates, pixel j covers [j, j + 1). Boxes of any floating dtype are converted to float32
             (float64 with float64 features). A box with a coordinate that is not finite pools zeros. Boxes receive
             no gradient.
         output_size: bins, `(PH, PW)` or one number for both.
-        spatial_scales: L numbers, level pixels per image pixel: `2 ** -level`, for consecutive levels.
+        spatial_scales: L numbers, level pixels per image pixel: `2 ** -level` for each level. A box whose level is
+            missing between the first and the last pools zeros; `level_rounding="detectron2"` allows no gaps.
         sampling_ratio: samples per bin and axis; 0 or less: `ceil(bin size)`.
         aligned: shift boxes by half a level pixel and allow sizes below 1 (detectron2's `ROIAlignV2`).
         reduction: `"mean"` or `"max"` of the samples of a bin (He et al. 2017, Table 2c).

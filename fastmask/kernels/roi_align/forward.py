@@ -11,7 +11,6 @@ from torch import Tensor
 from fastmask.kernels._runtime import (
     ceil_div,
     divide,
-    float64_bits,
     float_of,
     jit,
     next_power_of_2,
@@ -149,7 +148,7 @@ def launch_roi_align(features: Sequence[Tensor], boxes: Tensor, spec: RoIAlignSp
             argmax,
             tuple(pack_size(*feature.shape[2:]) for feature in features),
             features[0].shape[0],
-            tuple(float64_bits(scale) for scale in spec.spatial_scales),
+            spec.scale_bits(),
             C=channels,
             PH=spec.pooled_height,
             PW=spec.pooled_width,

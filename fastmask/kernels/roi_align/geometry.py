@@ -15,8 +15,8 @@ the same samples are inside and outside.
 An adaptive grid visits only the samples that can be inside, and a few more: all others contribute 0, and a
 box of a billion pixels would otherwise take hours.
 
-A box is *pooled* unless a side is not finite, scaled or not, its image is not in the batch, it has no level, or the
-level has no pixels; a box that is not pooled has zero features and receives no gradient.
+A box is *pooled* unless a side is infinite or NaN before or after scaling, its image is not in the batch, it has no
+level, or the level has no pixels. A box that is not pooled has zero features and contributes no gradient.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 # The reference lists at most about this many samples at a time, of about 100 bytes each.
 MAX_SAMPLES = 1 << 21
-# Visited beyond the last sample that can be inside; more than rounding can move one.
+# Samples visited beyond the first and the last that can be inside: more than rounding can shift.
 _MARGIN = 2
 
 
@@ -144,7 +144,7 @@ def sample_boxes(boxes: Tensor, level: Level) -> Samples:
 def _pair_samples(
     rows: _AxisSamples, columns: _AxisSamples, num_boxes: int, spec: RoIAlignSpec
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of each sample its sample along both axes and its bin; and the first sample of each bin."""
+    """Row sample, column sample and bin of each sample, and the first sample of each bin."""
     device, ratio = rows.first.device, spec.sampling_ratio
     pooled = (spec.pooled_height, spec.pooled_width)
     if ratio > 0:  # the same number of samples in each bin: numbering them needs no division
@@ -207,7 +207,7 @@ def level_of(box, num_images, THRESHOLDS: tl.constexpr, LEVELS: tl.constexpr):
 
 
 class Axis(NamedTuple):
-    """Bins along one axis of boxes, in a kernel."""
+    """The bins along one axis of boxes, as kernels hold them."""
 
     start: Any  # of each bin, in feature pixels
     bin: Any  # size of a bin

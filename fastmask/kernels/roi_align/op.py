@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastmask.kernels._runtime import Size, empty, is_channels_last, pack_size, register
+from fastmask.kernels._runtime import Size, empty, float64_bits, is_channels_last, pack_size, register
 from fastmask.kernels.roi_align.backward import launch_roi_align_backward
 from fastmask.kernels.roi_align.forward import launch_roi_align
 from fastmask.kernels.roi_align.levels import LevelRule, area_thresholds, level_range
@@ -36,6 +36,10 @@ class RoIAlignSpec(NamedTuple):
     def thresholds(self, dtype: torch.dtype) -> tuple[int, ...]:
         """The smallest area of each level after the first, in `dtype`, as float64 bits."""
         return area_thresholds(*level_range(self.spatial_scales), self.rule, dtype)
+
+    def scale_bits(self) -> tuple[int, ...]:
+        """`spatial_scales` as float64 bits."""
+        return tuple(float64_bits(scale) for scale in self.spatial_scales)
 
     def empty_outputs(self, features: Sequence[Tensor], boxes: Tensor) -> tuple[Tensor, Tensor]:
         """Memory for the output, in the format of the first level, and for the maximum's argmax."""
@@ -118,7 +122,7 @@ def _setup_double_backward(ctx: Any, inputs: tuple[Any, ...], output: list[Tenso
 def _double_backward(ctx: Any, grads: list[Tensor]) -> tuple[Tensor | None, ...]:
     """The mean is linear in the features: the gradient of its gradient is RoIAlign itself."""
     if ctx.spec.reduction == "max":
-        raise NotImplementedError('roi_align: reduction="max" has no second derivative, use reduction="mean"')
+        raise NotImplementedError('reduction: expected "mean" for a second derivative, got "max"')
     (boxes,) = ctx.saved_tensors
     output, _ = roi_align_operator(grads, boxes, *ctx.spec)
     return output, None, None, None, None

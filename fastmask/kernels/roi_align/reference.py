@@ -20,7 +20,7 @@ from fastmask.kernels.roi_align.geometry import Level, Samples, in_pieces, sampl
 if TYPE_CHECKING:
     from fastmask.kernels.roi_align.op import PyramidShape, RoIAlignSpec
 
-# Values, or gradients, of single samples that the maximum keeps at a time, elements.
+# Elements that the maximum keeps at a time: values, or gradients, of single samples.
 MAX_VALUES = 1 << 25
 
 
