@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -44,11 +45,11 @@ class Learner:
         self.optimizer = torch.optim.SGD(self.parameters, solver.lr, solver.momentum, weight_decay=solver.weight_decay)
         self.network = DistributedDataParallel(model) if distributed.world() > 1 else model
 
-    def step(self, batches: Sequence[Batch], lr: float, iteration: int) -> list[dict[str, float]]:
-        """Update the weights by the mean gradient of several mini-batches.
+    def step(self, batches: Iterator[Batch], lr: float, iteration: int) -> list[dict[str, float]]:
+        """Update the weights by the mean gradient of `solver.accumulate` mini-batches.
 
         Args:
-            batches: at least one.
+            batches: where to take them from, each after the gradient of the one before.
             lr: the learning rate.
             iteration: the index of this step, for errors.
 
@@ -58,25 +59,28 @@ class Learner:
         Raises:
             NonFiniteLossError: a loss or the gradient is not finite. The weights are not changed.
         """
-        losses = [self._backward(batch, len(batches), iteration) for batch in batches]
+        losses, image_ids = [], []
+        for batch in islice(batches, self.solver.accumulate):
+            losses.append(self._backward(batch, iteration))
+            image_ids += image_ids_of(batch)
         # With several processes, the gradient is already their mean: if it is not finite, all of them stop.
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.solver.clip_norm or math.inf)
-        check_finite(losses[-1] | {"gradient": norm.item()}, iteration, batches)
+        check_finite(losses[-1] | {"gradient": norm.item()}, iteration, image_ids)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad()
         return losses
 
-    def _backward(self, batch: Batch, num_batches: int, iteration: int) -> dict[str, float]:
+    def _backward(self, batch: Batch, iteration: int) -> dict[str, float]:
         """Add a mini-batch's gradient, divided by the number of mini-batches, and return the mini-batch's losses."""
         amp = self.solver.amp and self.device.type == "cuda"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=amp):
             losses = self.stage.select_losses(self.network(*to_device(batch, self.input, self.device)))
         values = torch.stack(list(losses.values()))
-        (values.sum() / num_batches).backward()
+        (values.sum() / self.solver.accumulate).backward()
         named = dict(zip(losses, values.tolist(), strict=True))
-        check_finite(named, iteration, [batch])
+        check_finite(named, iteration, image_ids_of(batch))
         return named
 
 
@@ -95,20 +99,24 @@ def to_device(batch: Batch, config: InputConfig, device: torch.device) -> tuple[
     return images, sizes, [target.to(device, non_blocking=True) for target in batch.targets]
 
 
-def check_finite(values: Mapping[str, float], iteration: int, batches: Sequence[Batch]) -> None:
+def image_ids_of(batch: Batch) -> list[int]:
+    """The ids of a mini-batch's images."""
+    return [target.image_id for target in batch.targets]
+
+
+def check_finite(values: Mapping[str, float], iteration: int, image_ids: Sequence[int]) -> None:
     """Check that losses and the norm of the gradient are finite.
 
     Args:
         values: by name.
         iteration: the index of the step, from 0.
-        batches: the mini-batches that gave the values.
+        image_ids: of the images that gave the values.
 
     Raises:
         NonFiniteLossError: a value is NaN or infinite. The error names the images and all values.
     """
     if not all(map(math.isfinite, values.values())):
-        image_ids = [target.image_id for batch in batches for target in batch.targets]
         raise NonFiniteLossError(
-            f"iteration {iteration}: expected finite values, got {values} of images {image_ids}; the weights were not"
-            " updated, and the last checkpoint is intact"
+            f"iteration {iteration}: expected finite values, got {values} of images {list(image_ids)};"
+            " the weights were not updated, and the last checkpoint is intact"
         )

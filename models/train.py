@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +81,7 @@ def train(config: TrainConfig) -> None:
             for iteration in range(progress.iteration, stage.schedule.iterations):
                 seed_iteration(solver.seed, done, total)
                 rate = lr * stage.schedule.factor(iteration)
-                for losses in learner.step(list(islice(batches, solver.accumulate)), rate, done):
+                for losses in learner.step(batches, rate, done):
                     log.add(losses)
                 done += 1
                 log.step(done, rate)
