@@ -28,22 +28,12 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torchvision.models.detection import transform
 
 from benchmarks.harness.timing import Implementation
+from models.marks import PREFIX
+from models.marks import STAGES as MODEL_STAGES
 
-PREFIX = "fastmask::"
-STAGES = PREPROCESS, BACKBONE, FPN, RPN, POOLING, HEADS, NMS, PASTE, RLE, BACKWARD, OPTIMIZER, OTHER = (
-    "preprocess",
-    "backbone",
-    "FPN",
-    "RPN",
-    "pooling",
-    "heads",
-    "NMS",
-    "paste",
-    "RLE",
-    "backward",
-    "optimizer",
-    "other",
-)
+PREPROCESS, BACKBONE, FPN, RPN, POOLING, HEADS, NMS, PASTE, RLE = MODEL_STAGES
+BACKWARD, OPTIMIZER, OTHER = "backward", "optimizer", "other"  # added by the benchmarks
+STAGES = (*MODEL_STAGES, BACKWARD, OPTIMIZER, OTHER)
 
 
 class Place(NamedTuple):

@@ -18,10 +18,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastmask.kernels._rois import REDUCTIONS, check_features, check_output_size, check_sampling_ratio, to_rois
+from fastmask.kernels._rois import check_features, to_rois
 from fastmask.kernels._runtime import overridable
-from fastmask.kernels._validation import check_choice, check_positive
-from fastmask.kernels.roi_align.op import RoIAlignSpec, roi_align_operator
+from fastmask.kernels._validation import check_positive
+from fastmask.kernels.roi_align import roi_align
 from fastmask.kernels.roi_pool.geometry import quantise
 
 
@@ -59,18 +59,8 @@ def roi_warp(
     """
     (input,) = check_features("input", [input])
     rois = to_rois(boxes, input, "input")
-    pooled = check_output_size(output_size, input.shape[1])
-    spec = RoIAlignSpec(
-        pooled_height=pooled[0],
-        pooled_width=pooled[1],
-        spatial_scales=[1.0],
-        sampling_ratio=check_sampling_ratio(sampling_ratio, pooled),
-        aligned=False,
-        reduction=check_choice("reduction", reduction, REDUCTIONS),
-    )
     rounded = _round_boxes(rois, check_positive("spatial_scale", spatial_scale))
-    output, _ = roi_align_operator([input], rounded, *spec)
-    return output
+    return roi_align(input, rounded, output_size, 1.0, sampling_ratio, reduction=reduction)
 
 
 def _round_boxes(rois: Tensor, spatial_scale: float) -> Tensor:

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.profiler import record_function
 from torchvision.ops import box_iou
 from torchvision.transforms.v2 import functional
 
 from fastmask import box_ops
+from models.marks import mark
 from models.network.mask_rcnn import MaskRCNN
 from models.structures import Detections
 
@@ -74,15 +74,15 @@ def detect_torchvision(model: nn.Module, images: Sequence[Tensor]) -> list[HostD
     """torchvision's detections; `images` as in `detect`. Work outside the model has the marks of fastmask's stages."""
     device = next(model.parameters()).device
     exact = _is_exact(model)
-    with record_function("fastmask::preprocess"):
+    with mark("preprocess"):
         floats = [functional.to_dtype(image.to(device), torch.float32, scale=True) for image in images]
     results = []
     for output in model(floats):
         masks = None
         if "masks" in output:
-            with record_function("fastmask::paste"):
+            with mark("paste"):
                 pixels = output["masks"][:, 0] >= 0.5
-            with record_function("fastmask::RLE"):
+            with mark("RLE"):
                 masks = _encode_one_by_one(pixels)
         fields = output["boxes"], output["scores"], output["labels"]
         results.append(_on_host(*fields, masks=masks, keypoints=output.get("keypoints"), exact=exact))
@@ -110,12 +110,12 @@ def _on_host(
 
 def _encode(detections: Detections) -> Masks:
     """The pasted masks of fastmask's detections."""
-    with record_function("fastmask::RLE"):
-        if not HAS_PYCOCOTOOLS:
+    if not HAS_PYCOCOTOOLS:
+        with mark("RLE"):  # the copy takes its place
             return detections.masks().cpu()
-        from models.rle import encode_masks
+    from models.rle import encode_masks
 
-        return encode_masks(detections)
+    return encode_masks(detections)
 
 
 def _encode_one_by_one(masks: Tensor) -> Masks:
@@ -137,9 +137,8 @@ def same(detections: Sequence[HostDetections], expected: Sequence[HostDetections
 def _agree(a: HostDetections, b: HostDetections, limit: Agreement) -> bool:
     if len(a.boxes) != len(b.boxes):
         return False
-    overlap, index = (box_iou(a.boxes, b.boxes) * (a.labels[:, None] == b.labels)).max(
-        1
-    )  # boxes of equal scores may swap
+    # The best partner of any rank: boxes of equal scores may swap.
+    overlap, index = (box_iou(a.boxes, b.boxes) * (a.labels[:, None] == b.labels)).max(1)
     overlap = overlap[: int(limit.best * len(overlap))]
     rows = (overlap > limit.iou).nonzero()[:, 0]
     index = index[rows]
