@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -75,6 +75,8 @@ class Operator:
     limits: Mapping[str, Mapping[Backend, Limit]]  # by the kernel's name
     check_random: Callable[[Draw, str], None]  # (draw, device): asserts that a random case agrees with an oracle
     check_large: Callable[[str], None] | None = None  # (device): asserts that more than 2^31 elements work
+    # By name: (device), asserts that a small call of one variant of the kernels agrees with torchvision or an oracle.
+    variants: Mapping[str, Callable[[str], None]] = field(default_factory=dict)
 
 
 def operators() -> dict[str, Operator]:
