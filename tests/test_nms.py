@@ -213,11 +213,13 @@ def test_long_segments_with_few_results(device):
 
 
 @pytest.mark.reference_only
-@pytest.mark.parametrize(("block", "tile", "small"), [(1, 1, 1), (8, 11, 20), (64, 1000, 50)])
-def test_reference_with_any_blocking(block, tile, small, monkeypatch):
+@pytest.mark.parametrize("max_pairs", [0, 1 << 40])  # of blocks, of candidate pairs
+@pytest.mark.parametrize(("block", "tile", "all_pairs"), [(1, 1, 1), (8, 11, 20), (64, 1000, 50)])
+def test_reference_by_any_way(block, tile, all_pairs, max_pairs, monkeypatch):
     monkeypatch.setattr(nms_reference, "BLOCK", block)
     monkeypatch.setattr(nms_reference, "TILE", tile)
-    monkeypatch.setattr(nms_reference, "SMALL", small)
+    monkeypatch.setattr(nms_reference, "ALL_PAIRS", all_pairs)
+    monkeypatch.setattr(nms_reference, "_max_pairs", lambda _: max_pairs)
     boxes, scores = draw_candidates(200, 8)
     classes = (torch.rand(200, generator=torch.Generator().manual_seed(1)) ** 3 * 9).long()
     assert torch.equal(nms(boxes, scores, 0.4), greedy_nms(boxes, scores, 0.4))

@@ -1,4 +1,4 @@
-"""A small call of every variant of the kernels (dtype, layout, sampling, algorithm) against torchvision or an oracle."""
+"""Small calls of every variant of the kernels (dtype, layout, sampling, algorithm) against torchvision or an oracle."""
 
 import pytest
 

@@ -1,30 +1,42 @@
 """Greedy non-maximum suppression in plain torch: the reference, and what runs on the CPU.
 
-Boxes are sorted by score and processed `BLOCK` at a time. Inside a block the greedy result is the only fixed
-point of "a box stays unless an earlier box that stays suppresses it"; iterating finds it in as many steps as the
-longest chain of suppressions has links. The boxes that stay are then compared with all later boxes in one
-vectorised pass, which drops those that they suppress. Boxes of different groups (classes, segments) are never
-compared; small groups are padded and solved many at a time.
+Boxes are sorted by score. A box stays unless an earlier box that stays suppresses it; this rule has one fixed point,
+the greedy result, and iterating it takes as many steps as the longest chain of suppressions has links. Three ways to
+find the pairs that matter, by what costs least:
 
-Equal to torchvision's CPU operator bit for bit: the same operations on the same floats in the same order.
+- few boxes: all pairs as one matrix;
+- most lists: only the pairs that can overlap enough, from `candidate_pairs.py`;
+- crowds, where those are too many: blocks of sorted boxes. Those of a block that stay are compared with all later
+  boxes, and what they suppress is never looked at again.
+
+Boxes of different groups (classes, segments) are never compared. Equal to torchvision's CPU operator bit for bit: the
+same operations on the same floats.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastmask.kernels._runtime import compute_dtype
+from fastmask.kernels.nms.candidate_pairs import CandidatePairs, find_candidate_pairs, list_pairs
 
 if TYPE_CHECKING:
     from fastmask.kernels.nms.op import NMSSpec
 
+ALL_PAIRS = 160  # up to this many boxes one matrix of all pairs takes less time than a search for candidates
+FIRST_BLOCK = 16  # enough to find out that a few boxes suppress most of the others
 BLOCK = 256  # with TILE: the fastest of {96, 128, 192, 256, 384} x {512, 1024, 2048} for 1000 and for 10,000 boxes
 TILE = 2048  # later boxes per pass, so that the pass's intermediates stay in cache; at least BLOCK
-SMALL = 512  # a group of up to this many boxes is solved with all its pairs at once: some waste, few operations
+
+
+# Up to this many candidate pairs of M boxes are listed; beyond, blocks take less time. A pair costs about 12 times as
+# much in a list as in a matrix, and blocks look at few pairs of boxes that are dropped early.
+def _max_pairs(size: int) -> int:
+    return max(8192, size * min(64, size // 24))
 
 
 @lru_cache(maxsize=64)
@@ -45,73 +57,97 @@ def valid_mask(scores: Tensor, counts: Tensor | None, score_threshold: float | N
     return valid
 
 
-def _suppresses(first: Tensor, second: Tensor, threshold: float, scratch: Tensor) -> Tensor:
-    """1.0 where IoU > threshold, `[..., K, T]`, from corners and area `[5, ..., K]` and `[5, ..., T]`.
+class _Boxes(NamedTuple):
+    """M boxes by falling score."""
 
-    Allocates nothing: fresh memory for each intermediate would cost more than the arithmetic.
+    extent: Tensor  # [4, M]: -x1, -y1, x2, y2; the minimum of two of them is the extent of the intersection
+    area: Tensor  # [M]
+    group: Tensor | None  # [M] int64
+
+    @classmethod
+    def of(cls, boxes: Tensor, group: Tensor | None) -> _Boxes:
+        low, high = boxes.t().chunk(2)
+        width, height = high - low
+        return cls(torch.cat([-low, high]), width * height, group)
+
+    def __len__(self) -> int:
+        return self.extent.shape[1]
+
+    def __getitem__(self, index: slice | Tensor) -> _Boxes:
+        return _Boxes(self.extent[:, index], self.area[index], None if self.group is None else self.group[index])
+
+
+def _suppresses(first: _Boxes, second: _Boxes, threshold: float, scratch: Tensor) -> Tensor:
+    """1.0 where IoU > threshold and the groups are equal, `[K, T]`.
+
+    Fresh memory for each intermediate would cost more than the arithmetic: all are in `scratch`, at least 4 * K * T.
     """
-    shape = (*first.shape[1:], second.shape[-1])
-    pairs = first[0].numel() * second.shape[-1]
-    low = scratch[: 2 * pairs].view(2, *shape)
-    high = scratch[2 * pairs : 4 * pairs].view(2, *shape)
-    intersection = scratch[4 * pairs : 5 * pairs].view(shape)
-    first, second = first[..., None], second[..., None, :]
-    torch.maximum(first[:2], second[:2], out=low)
-    sides = torch.minimum(first[2:4], second[2:4], out=high).sub_(low).clamp_(min=0)
-    torch.mul(sides[0], sides[1], out=intersection)
-    union = torch.add(first[4], second[4], out=low[0]).sub_(intersection)
-    return torch.gt(intersection.div_(union), threshold, out=intersection)
+    shape = (len(first), len(second))
+    nearest = scratch[: 4 * shape[0] * shape[1]].view(4, *shape)
+    torch.minimum(first.extent[:, :, None], second.extent[:, None, :], out=nearest)
+    width, height = torch.add(nearest[2:], nearest[:2], out=nearest[:2]).clamp_(min=0)
+    intersection = width.mul_(height)
+    union = torch.add(first.area[:, None], second.area, out=nearest[2]).sub_(intersection)
+    hit = torch.gt(intersection.div_(union), threshold, out=nearest[3])
+    return hit if first.group is None else hit.mul_(first.group[:, None] == second.group)
 
 
-def _is_earlier(size: int, like: Tensor) -> Tensor:
-    """1.0 where row < column, `[size, size]`. `triu` starts every thread even for the smallest matrix."""
-    position = torch.arange(size, dtype=like.dtype, device=like.device)
-    return torch.lt(position[:, None], position, out=like.new_empty(size, size))
-
-
-def _fixed_point(suppresses: Tensor) -> Tensor:
-    """Which boxes stay, `[..., K]`; `suppresses[..., K, K]` is strictly upper triangular."""
-    stays = torch.ones_like(suppresses[..., 0])
+def _keep_by_matrix(boxes: _Boxes, threshold: float, scratch: Tensor) -> Tensor:
+    """Which boxes stay, boolean `[M]`, from all their pairs."""
+    suppresses = _suppresses(boxes, boxes, threshold, scratch)
+    position = torch.arange(len(boxes), device=scratch.device)  # `triu` starts every thread even for a small matrix
+    suppresses.mul_(position[:, None] < position)
+    stays = scratch.new_ones(len(boxes))
     while True:
-        following = 1 - (suppresses * stays[..., None]).amax(-2)
+        following = torch.mv(suppresses.t(), stays).eq_(0)  # exact: a sum of fewer than 2^24 ones
         if torch.equal(following, stays):
             return stays.bool()
         stays = following
 
 
-def _keep_small_groups(corners: Tensor, start: Tensor, size: Tensor, threshold: float, keep: Tensor) -> None:
-    step = torch.arange(int(size.max()), device=corners.device)
-    padding = corners.shape[1] - 1  # a box of NaN: suppresses nothing, is suppressed by nothing
-    members = torch.where(step < size[:, None], start[:, None] + step, padding)
-    many = max(1, SMALL * SMALL // len(step) ** 2)
-    scratch = corners.new_empty(5 * min(many, len(size)) * len(step) ** 2)
-    is_earlier = _is_earlier(len(step), corners)
-    for some in members.split(many):
-        boxes = corners[:, some]
-        keep[some] = _fixed_point(_suppresses(boxes, boxes, threshold, scratch).mul_(is_earlier))
+def _keep_by_pairs(boxes: _Boxes, pairs: CandidatePairs, threshold: float) -> Tensor:
+    """Which boxes stay, boolean `[M]`, from the pairs that can overlap enough."""
+    edges = []
+    table = torch.cat([boxes.extent, boxes.area[None]]).index_select(1, pairs.order)
+    for first, second in list_pairs(pairs):
+        one, other = table.index_select(1, first), table.index_select(1, second)
+        width, height = torch.minimum(one[2:4], other[2:4]).add_(torch.minimum(one[:2], other[:2])).clamp_(min=0)
+        intersection = width.mul_(height)
+        iou = intersection.div(one[4].add_(other[4]).sub_(intersection))
+        edges.append(torch.stack([first, second])[:, iou > threshold])
+    one, other = pairs.order[torch.cat(edges, 1)] if edges else pairs.order.new_empty(2, 0)
+    earlier, later = one.minimum(other), one.maximum(other)
+    stays = torch.ones(len(boxes), dtype=torch.bool, device=later.device)
+    while True:
+        following = torch.ones_like(stays).index_fill_(0, later[stays[earlier]], 0)
+        if torch.equal(following, stays):
+            return stays
+        stays = following
 
 
-def _keep_large_group(corners: Tensor, threshold: float, keep: Tensor) -> None:
-    position = torch.arange(corners.shape[1], device=corners.device)
-    scratch = corners.new_empty(5 * BLOCK * TILE)
-    is_earlier = _is_earlier(BLOCK, corners)
+def _keep_by_blocks(boxes: _Boxes, threshold: float, *, only_crowds: bool = False) -> tuple[Tensor, Tensor]:
+    """Which boxes stay, boolean `[M]`, block by block, and the positions of those that are left undecided.
+
+    With `only_crowds` it stops at the first block that drops less than half of the later boxes.
+    """
+    scratch = boxes.extent.new_empty(4 * BLOCK * TILE)
+    position = torch.arange(len(boxes), device=scratch.device)
+    keep = torch.zeros_like(position, dtype=torch.bool)
+    size = min(FIRST_BLOCK, BLOCK)
     while len(position):
-        block, later = corners[:, :BLOCK], corners[:, BLOCK:]
-        size = block.shape[1]
-        stays = _fixed_point(_suppresses(block, block, threshold, scratch).mul_(is_earlier[:size, :size]))
+        block, later = boxes[:size], boxes[size:]
+        stays = _keep_by_matrix(block, threshold, scratch)
         keep[position[:size]] = stays
-        if not later.shape[1]:
-            break
-        suppressed = later.new_empty(later.shape[1])
-        for tile, out in zip(later.split(TILE, 1), suppressed.split(TILE), strict=True):
-            torch.amax(_suppresses(block[:, stays], tile, threshold, scratch), 0, out=out)
+        kept, suppressed = block[stays], scratch.new_empty(len(later))
+        for start in range(0, len(later), TILE):
+            part = slice(start, start + TILE)
+            torch.amax(_suppresses(kept, later[part], threshold, scratch), 0, out=suppressed[part])
         remaining = (suppressed == 0).nonzero()[:, 0]
-        corners, position = later.index_select(1, remaining), position[BLOCK:].index_select(0, remaining)
-
-
-def _corners_and_area(boxes: Tensor) -> Tensor:
-    x1, y1, x2, y2 = boxes.unbind(1)
-    return torch.stack([x1, y1, x2, y2, (x2 - x1) * (y2 - y1)])
+        boxes, position = later[remaining], position[size:][remaining]
+        if only_crowds and len(remaining) > len(suppressed) // 2:
+            break
+        size = min(2 * size, BLOCK)
+    return keep, position
 
 
 def _keep(boxes: Tensor, group: Tensor | None, threshold: float) -> Tensor:
@@ -119,27 +155,46 @@ def _keep(boxes: Tensor, group: Tensor | None, threshold: float) -> Tensor:
     boxes = boxes.to(compute_dtype(boxes.dtype))
     if boxes.dtype == torch.float32:
         threshold = round_down_float32(threshold)
-    keep = torch.zeros(len(boxes) + 1, dtype=torch.bool, device=boxes.device)  # the last is for the groups' padding
-    if group is None or not len(boxes):
-        _keep_large_group(_corners_and_area(boxes), threshold, keep)
-        return keep[:-1]
+    undecided = _Boxes.of(boxes, group)
+    if len(boxes) <= ALL_PAIRS:
+        return _keep_by_matrix(undecided, threshold, undecided.extent.new_empty(4 * len(boxes) ** 2))
+    if group is not None:
+        return _keep_groups(undecided, threshold)
+    keep, position = _keep_by_blocks(undecided, threshold, only_crowds=True)
+    if not len(position):
+        return keep
+    undecided = undecided[position]
+    pairs = find_candidate_pairs(undecided.extent, undecided.area, None, threshold)
+    if pairs.count.sum() <= _max_pairs(len(position)):
+        keep[position] = _keep_by_pairs(undecided, pairs, threshold)
+    else:
+        keep[position] = _keep_by_blocks(undecided, threshold)[0]
+    return keep
 
-    sorted_group, order = group.sort(stable=True)
-    _, size = torch.unique_consecutive(sorted_group, return_counts=True)
-    start = size.cumsum(0) - size
-    corners = torch.nn.functional.pad(_corners_and_area(boxes[order]), (0, 1), value=torch.nan)
-    small = size <= SMALL
-    if small.any():
-        _keep_small_groups(corners, start[small], size[small], threshold, keep)
-    for first, many in zip(start[~small].tolist(), size[~small].tolist(), strict=True):
-        _keep_large_group(corners[:, first : first + many], threshold, keep[first : first + many])
-    return torch.empty_like(keep[:-1]).index_copy_(0, order, keep[:-1])
+
+def _keep_groups(boxes: _Boxes, threshold: float) -> Tensor:
+    """Which boxes stay, boolean `[M]`: the pairs of all groups at once, except of those that have too many."""
+    extent, area, group = boxes
+    assert group is not None
+    pairs = find_candidate_pairs(extent, area, group, threshold)
+    group_of_range = group[pairs.order[pairs.first]]
+    size = group.bincount()
+    count = torch.zeros_like(size).index_add_(0, group_of_range, pairs.count)
+    limit = torch.tensor([_max_pairs(members) for members in size.tolist()], device=size.device)
+    crowds = (count > limit).nonzero()[:, 0]
+    listed = pairs.count.where(~torch.isin(group_of_range, crowds), 0) if len(crowds) else pairs.count
+    keep = _keep_by_pairs(boxes, pairs._replace(count=listed), threshold)
+    for crowd in crowds:
+        members = (group == crowd).nonzero()[:, 0]
+        keep[members] = _keep_by_blocks(_Boxes(extent[:, members], area[members], None), threshold)[0]
+    return keep
 
 
 def nms_reference(boxes: Tensor, scores: Tensor, classes: Tensor | None, iou_threshold: float) -> Tensor:
     """Indices of the kept boxes by falling score, of `boxes[N, 4]`, `scores[N]` and `classes[N]`."""
-    order = scores.sort(descending=True, stable=True).indices
-    group = None if classes is None else classes[order]
+    # Half precision is widened first: its sort is slower.
+    order = scores.to(compute_dtype(scores.dtype)).sort(descending=True, stable=True).indices
+    group = None if classes is None else classes[order].unique(return_inverse=True)[1]
     return order[_keep(boxes[order], group, iou_threshold)]
 
 
