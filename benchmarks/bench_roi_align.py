@@ -196,6 +196,26 @@ def bench_one_map(comparison, direction):
     _compare(comparison, f"300 RoIs 14x14 on a C4, {dtype}, channels_last", direction, pools, inputs, bins=bins)
 
 
+SAMPLING = {"2 samples": (2, False), "adaptive": (0, True)}  # torchvision's defaults; detectron2's and MMDetection's
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("sampling", SAMPLING)
+def bench_few_rois(comparison, sampling, direction):
+    """20 RoIs of 7 x 7 on P2 alone in NCHW, most of whose pixels no RoI samples."""
+    ratio, aligned = SAMPLING[sampling]
+    bins, scale, dtype = 7, 1 / STRIDES[0], comparison.main_dtype
+    inputs = pyramid_inputs(comparison.device, [objects(20)], dtype, "NCHW")
+    feature, (boxes,) = inputs.features[0], inputs.boxes
+    rois = torch.nn.functional.pad(boxes, (1, 0))
+    pools: dict[str, Pool] = {
+        FASTMASK: lambda: fastmask.roi_align(feature, rois, bins, scale, ratio, aligned),
+        torchvision_provider(dtype): lambda: torchvision_ops.roi_align(feature, rois, bins, scale, ratio, aligned),
+    }
+    inputs = Inputs([feature], inputs.boxes, STRIDES[:1])
+    _compare(comparison, f"20 RoIs 7x7 on P2, {sampling}, {dtype}, NCHW", direction, pools, inputs, bins=bins)
+
+
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("boxes", parameters(zip(ADVERSARIAL), quick=lambda boxes: boxes == "all of 2 pixels"))
 def bench_adversarial(comparison, boxes, direction):

@@ -9,6 +9,7 @@ import torchvision
 from fastmask import multiscale_roi_align, roi_align
 from fastmask.kernels.roi_align import backward as roi_align_backward
 from fastmask.kernels.roi_align import geometry as roi_align_geometry
+from fastmask.kernels.roi_align import reference as roi_align_reference
 from tests.oracles.budget import assert_within_budget
 from tests.oracles.roi_align import SCALES, as_rows, draw_boxes, draw_pyramid, roi_align_matrices
 
@@ -107,6 +108,24 @@ def test_chunks_of_samples_give_the_whole_result(ratio, reduction, monkeypatch):
         runs.append([out, *torch.autograd.grad(out.square().sum(), features)])
     for whole, in_chunks in zip(*runs, strict=True):
         torch.testing.assert_close(in_chunks, whole, rtol=0, atol=1e-13)
+
+
+@pytest.mark.reference_only
+@pytest.mark.parametrize("reduction", ["mean", "max"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_few_sampled_pixels_give_the_same_result(dtype, layout, reduction, monkeypatch):
+    (feature,) = draw_pyramid([(40, 50)], dtype, images=3, layout=layout)
+    feature.requires_grad_()
+    boxes = torch.tensor([[0, 5, 6, 40, 30], [2, 90, 20, 130, 60.0], [2, 80, 25, 110, 60]])
+    runs = []
+    for share in (0.5, 0.0):  # the sampled pixels alone, the whole level
+        monkeypatch.setattr(roi_align_reference, "MAX_SAMPLED_SHARE", share)
+        out = roi_align(feature, boxes, 3, 0.25, 2, reduction=reduction)
+        runs.append([out, *torch.autograd.grad(out.square().sum(), feature)])
+    for few, whole in zip(*runs, strict=True):
+        assert torch.equal(few, whole)
+        assert few.stride() == whole.stride()
 
 
 @pytest.mark.parametrize("ratio", [2, 0])

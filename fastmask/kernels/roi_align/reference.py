@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from fastmask.kernels._runtime import compute_dtype
+from fastmask.kernels._runtime import compute_dtype, empty
 from fastmask.kernels.roi_align.geometry import Level, Samples, in_pieces, sample_boxes, select_boxes
 
 if TYPE_CHECKING:
     from fastmask.kernels.roi_align.op import PyramidShape, RoIAlignSpec
 
+# Copies of single pixels take as long as a copy of the whole level if more than this share of its pixels is sampled.
+MAX_SAMPLED_SHARE = 0.5
 # Elements that the maximum keeps at a time: values, or gradients, of single samples.
 MAX_VALUES = 1 << 25
 
@@ -37,9 +39,11 @@ def roi_align_reference(features: Sequence[Tensor], boxes: Tensor, spec: RoIAlig
         if not len(on_level) or not feature.numel():
             continue
         level = Level(num_images, feature.shape[2], feature.shape[3], scale, spec)
-        table = _as_rows(feature)
-        for rows in in_pieces(boxes, on_level, level):
+        table, pieces = None, in_pieces(boxes, on_level, level)
+        for rows in pieces:
             samples = sample_boxes(boxes[rows], level)
+            if table is None:
+                table, samples = (_as_rows(feature), samples) if len(pieces) > 1 else _sampled_rows(feature, samples)
             if spec.reduction == "max":
                 values, winner = _max_of_samples(table, samples)
                 winner = winner.to(argmax.dtype).view(-1, *pooled, channels).permute(0, 3, 1, 2)
@@ -60,6 +64,28 @@ def _as_rows(pixels: Tensor) -> Tensor:
     """`[N * H * W, C]` in the dtype of sums, from `[N, C, H, W]`."""
     rows = pixels.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
     return rows.reshape(-1, pixels.shape[1]).to(compute_dtype(pixels.dtype))
+
+
+def _sampled_rows(feature: Tensor, samples: Samples) -> tuple[Tensor, Samples]:
+    """`_as_rows(feature)`, and the samples. If that is a copy and few pixels are sampled, their rows alone."""
+    num_images, channels, height, width = feature.shape
+    pixels = num_images * height * width
+    rows = feature.permute(0, 2, 3, 1)
+    if rows.is_contiguous() and feature.dtype == compute_dtype(feature.dtype):
+        return rows.view(pixels, channels), samples
+    sampled = torch.zeros(pixels, dtype=torch.bool, device=feature.device)
+    sampled[samples.pixel.flatten()] = True
+    index = sampled.nonzero()[:, 0]
+    if len(index) > pixels * MAX_SAMPLED_SHARE:
+        return _as_rows(feature), samples
+    place = sampled.cumsum(0, dtype=samples.pixel.dtype).sub_(1)
+    if rows.is_contiguous():
+        table = rows.view(pixels, channels).index_select(0, index)
+    else:
+        in_image = _split_by_image(index, num_images, height * width)
+        parts = zip(feature.flatten(2), in_image, strict=True)
+        table = torch.cat([image.index_select(1, pixel).t() for image, pixel in parts])
+    return table.to(compute_dtype(feature.dtype)), samples._replace(pixel=place[samples.pixel])
 
 
 def _max_of_samples(table: Tensor, samples: Samples) -> tuple[Tensor, Tensor]:
@@ -90,40 +116,74 @@ def roi_align_backward_reference(
     selected = select_boxes(boxes, num_images, spec)
     grads = []
     for (height, width), scale, on_level in zip(shape.levels, spec.spatial_scales, selected, strict=True):
-        level, pixels = Level(num_images, height, width, scale, spec), num_images * height * width
-        on_level = on_level if channels else on_level[:0]
-        total = None
-        for rows in in_pieces(boxes, on_level, level):
-            samples = sample_boxes(boxes[rows], level)
-            table = _as_rows(grad[rows])
-            if spec.reduction == "max":
-                winner = argmax[rows].permute(0, 2, 3, 1).reshape(-1, channels)
-                part = _scatter_to_winners(table, winner, samples, pixels)
-            else:
-                part = _gather_pixels(table, samples.bin, samples.pixel, samples.weight, pixels)
-            total = part if total is None else total.add_(part)
-        if total is None:
-            total = grad.new_zeros(pixels, channels)
-        grads.append(_in_format(total.to(grad.dtype).view(num_images, height, width, channels), channels_last))
+        level = Level(num_images, height, width, scale, spec)
+        sums, sampled = _sum_samples(grad, boxes, argmax, on_level if channels else on_level[:0], level)
+        in_level = empty(grad, (num_images, channels, height, width), channels_last)
+        _write_rows(in_level, sums.to(grad.dtype), sampled)
+        grads.append(in_level)
     return grads
 
 
-def _in_format(level: Tensor, channels_last: bool) -> Tensor:
-    """`[N, C, H, W]` in the requested format, from `[N, H, W, C]`."""
-    if channels_last:
-        return level.permute(0, 3, 1, 2)
-    num_images, height, width, channels = level.shape
-    contiguous = level.new_empty(num_images, channels, height, width)
-    for to, image in zip(contiguous, level, strict=True):  # as matrices, whose transposed copy is blocked
-        to.flatten(1).copy_(image.flatten(0, 1).t())
-    return contiguous
+def _sum_samples(
+    grad: Tensor, boxes: Tensor, argmax: Tensor, on_level: Tensor, level: Level
+) -> tuple[Tensor, Tensor | None]:
+    """Sums `[P, C]` of the gradients of the boxes `on_level`, and the pixels of these sums; None: all pixels."""
+    pixels, total = level.num_images * level.height * level.width, None
+    pieces = in_pieces(boxes, on_level, level)
+    for rows in pieces:
+        samples, table = sample_boxes(boxes[rows], level), _as_rows(grad[rows])
+        if level.spec.reduction == "max":
+            winner = argmax[rows].permute(0, 2, 3, 1).reshape(-1, grad.shape[1])
+            part = _scatter_to_winners(table, winner, samples, pixels)
+        elif len(pieces) == 1 and samples.pixel.numel() < pixels * 2 * MAX_SAMPLED_SHARE:
+            return _gather_pixels(table, samples.bin, samples.pixel, samples.weight)
+        else:
+            part, _ = _gather_pixels(table, samples.bin, samples.pixel, samples.weight, pixels)
+        total = part if total is None else total.add_(part)
+    return grad.new_zeros(pixels, grad.shape[1]) if total is None else total, None
 
 
-def _gather_pixels(table: Tensor, row: Tensor, pixel: Tensor, weight: Tensor, pixels: int) -> Tensor:
-    """`[pixels, C]` sums of `weight * table[row]`, over entries `[S, 4]`, in a fixed order."""
+def _split_by_image(pixel: Tensor, num_images: int, size: int) -> list[Tensor]:
+    """Ascending pixels of a batch as pixels of each of its images, which have `size` pixels."""
+    counts = torch.bincount(pixel // size, minlength=num_images).tolist()
+    return [part - image * size for image, part in enumerate(pixel.split(counts))]
+
+
+def _write_rows(level: Tensor, rows: Tensor, pixel: Tensor | None) -> None:
+    """Fill `level [N, C, H, W]` with `rows [P, C]` at the pixels `[P]`, and zeros elsewhere; None: all pixels."""
+    num_images, channels, height, width = level.shape
+    table = level.permute(0, 2, 3, 1)
+    if pixel is None:
+        # As matrices: the copy of a transposed matrix is blocked.
+        for image, part in zip(level.flatten(2), rows.view(num_images, height * width, channels), strict=True):
+            image.copy_(part.t())
+    elif table.is_contiguous():
+        table.zero_().view(-1, channels).index_copy_(0, pixel, rows)
+    else:
+        in_image = _split_by_image(pixel, num_images, height * width)
+        for image, part, local in zip(
+            level.zero_().flatten(2), rows.split(list(map(len, in_image))), in_image, strict=True
+        ):
+            image.index_copy_(1, local, part.t())
+
+
+def _gather_pixels(
+    table: Tensor, row: Tensor, pixel: Tensor, weight: Tensor, pixels: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Sums `[P, C]` of `weight * table[row]` over entries `[S, 4]`, in a fixed order, and their pixels.
+
+    The sums are those of all `pixels`, or if None, of the pixels that occur.
+    """
     pixel, order = pixel.flatten().sort(stable=True)
-    first = torch.searchsorted(pixel, torch.arange(pixels, dtype=pixel.dtype, device=pixel.device))
-    return embedding_bag(row[order // 4], table, first, mode="sum", per_sample_weights=weight.flatten()[order])
+    if pixels is None:
+        index, count = pixel.unique_consecutive(return_counts=True)
+        index = index.long()
+        first = (count.cumsum(0) - count).to(pixel.dtype)
+    else:
+        index = torch.arange(pixels, dtype=pixel.dtype, device=pixel.device)
+        first = torch.searchsorted(pixel, index)
+    weight = weight.flatten()[order]
+    return embedding_bag(row[order // 4], table, first, mode="sum", per_sample_weights=weight), index
 
 
 def _scatter_to_winners(table: Tensor, winner: Tensor, samples: Samples, pixels: int) -> Tensor:
@@ -136,5 +196,5 @@ def _scatter_to_winners(table: Tensor, winner: Tensor, samples: Samples, pixels:
         won = winner[samples.bin[part]] == local[part, None]
         sampled = table[samples.bin[part]].where(won, 0)
         rows = torch.arange(len(sampled), device=table.device)
-        total += _gather_pixels(sampled, rows, samples.pixel[part], samples.weight[part], pixels)
+        total += _gather_pixels(sampled, rows, samples.pixel[part], samples.weight[part], pixels)[0]
     return total
