@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from fastmask.kernels.nms.op import NMSSpec
 
 ALL_PAIRS = 160  # up to this many boxes one matrix of all pairs takes less time than a search for candidates
-FIRST_BLOCK = 16  # enough to find out that a few boxes suppress most of the others
+MIN_CROWD = 1024  # from this size on a first block finds out whether a few boxes suppress most of the others
+FIRST_BLOCK = 16
 BLOCK = 256  # with TILE: the fastest of {96, 128, 192, 256, 384} x {512, 1024, 2048} for 1000 and for 10,000 boxes
 TILE = 2048  # later boxes per pass, so that the pass's intermediates stay in cache; at least BLOCK
 
@@ -70,10 +71,7 @@ class _Boxes(NamedTuple):
         width, height = high - low
         return cls(torch.cat([-low, high]), width * height, group)
 
-    def __len__(self) -> int:
-        return self.extent.shape[1]
-
-    def __getitem__(self, index: slice | Tensor) -> _Boxes:
+    def take(self, index: slice | Tensor) -> _Boxes:
         return _Boxes(self.extent[:, index], self.area[index], None if self.group is None else self.group[index])
 
 
@@ -82,24 +80,33 @@ def _suppresses(first: _Boxes, second: _Boxes, threshold: float, scratch: Tensor
 
     Fresh memory for each intermediate would cost more than the arithmetic: all are in `scratch`, at least 4 * K * T.
     """
-    shape = (len(first), len(second))
-    nearest = scratch[: 4 * shape[0] * shape[1]].view(4, *shape)
-    torch.minimum(first.extent[:, :, None], second.extent[:, None, :], out=nearest)
-    width, height = torch.add(nearest[2:], nearest[:2], out=nearest[:2]).clamp_(min=0)
+    shape = (4, first.area.shape[0], second.area.shape[0])
+    nearest = scratch.narrow(0, 0, 4 * shape[1] * shape[2]).view(shape)
+    torch.minimum(first.extent.unsqueeze(2), second.extent.unsqueeze(1), out=nearest)
+    low, high = nearest.chunk(2)
+    width, height = torch.add(low, high, out=low).clamp_(min=0).unbind()
+    union, hit = high.unbind()
     intersection = width.mul_(height)
-    union = torch.add(first.area[:, None], second.area, out=nearest[2]).sub_(intersection)
-    hit = torch.gt(intersection.div_(union), threshold, out=nearest[3])
+    torch.add(first.area.unsqueeze(1), second.area, out=union).sub_(intersection)
+    torch.gt(intersection.div_(union), threshold, out=hit)
     return hit if first.group is None else hit.mul_(first.group[:, None] == second.group)
+
+
+@lru_cache(maxsize=4)
+def _is_earlier(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """1.0 where row < column, `[size, size]`."""
+    position = torch.arange(size, dtype=dtype, device=device)
+    return (position[:, None] < position).to(dtype)
 
 
 def _keep_by_matrix(boxes: _Boxes, threshold: float, scratch: Tensor) -> Tensor:
     """Which boxes stay, boolean `[M]`, from all their pairs."""
-    suppresses = _suppresses(boxes, boxes, threshold, scratch)
-    position = torch.arange(len(boxes), device=scratch.device)  # `triu` starts every thread even for a small matrix
-    suppresses.mul_(position[:, None] < position)
-    stays = scratch.new_ones(len(boxes))
+    suppresses, size = _suppresses(boxes, boxes, threshold, scratch), len(boxes.area)
+    is_earlier = _is_earlier(max(BLOCK, ALL_PAIRS), scratch.dtype, scratch.device)
+    suppressed_by = suppresses.mul_(is_earlier[:size, :size]).t()
+    stays = scratch.new_ones(size)
     while True:
-        following = torch.mv(suppresses.t(), stays).eq_(0)  # exact: a sum of fewer than 2^24 ones
+        following = torch.mv(suppressed_by, stays).eq_(0)  # exact: a sum of fewer than 2^24 ones
         if torch.equal(following, stays):
             return stays.bool()
         stays = following
@@ -117,7 +124,7 @@ def _keep_by_pairs(boxes: _Boxes, pairs: CandidatePairs, threshold: float) -> Te
         edges.append(torch.stack([first, second])[:, iou > threshold])
     one, other = pairs.order[torch.cat(edges, 1)] if edges else pairs.order.new_empty(2, 0)
     earlier, later = one.minimum(other), one.maximum(other)
-    stays = torch.ones(len(boxes), dtype=torch.bool, device=later.device)
+    stays = torch.ones_like(boxes.area, dtype=torch.bool)
     while True:
         following = torch.ones_like(stays).index_fill_(0, later[stays[earlier]], 0)
         if torch.equal(following, stays):
@@ -131,19 +138,19 @@ def _keep_by_blocks(boxes: _Boxes, threshold: float, *, only_crowds: bool = Fals
     With `only_crowds` it stops at the first block that drops less than half of the later boxes.
     """
     scratch = boxes.extent.new_empty(4 * BLOCK * TILE)
-    position = torch.arange(len(boxes), device=scratch.device)
+    position = torch.arange(len(boxes.area), device=scratch.device)
     keep = torch.zeros_like(position, dtype=torch.bool)
     size = min(FIRST_BLOCK, BLOCK)
     while len(position):
-        block, later = boxes[:size], boxes[size:]
+        block, later = boxes.take(slice(size)), boxes.take(slice(size, None))
         stays = _keep_by_matrix(block, threshold, scratch)
         keep[position[:size]] = stays
-        kept, suppressed = block[stays], scratch.new_empty(len(later))
-        for start in range(0, len(later), TILE):
+        kept, suppressed = block.take(stays), torch.empty_like(later.area)
+        for start in range(0, len(suppressed), TILE):
             part = slice(start, start + TILE)
-            torch.amax(_suppresses(kept, later[part], threshold, scratch), 0, out=suppressed[part])
+            torch.amax(_suppresses(kept, later.take(part), threshold, scratch), 0, out=suppressed[part])
         remaining = (suppressed == 0).nonzero()[:, 0]
-        boxes, position = later[remaining], position[size:][remaining]
+        boxes, position = later.take(remaining), position[size:][remaining]
         if only_crowds and len(remaining) > len(suppressed) // 2:
             break
         size = min(2 * size, BLOCK)
@@ -160,16 +167,19 @@ def _keep(boxes: Tensor, group: Tensor | None, threshold: float) -> Tensor:
         return _keep_by_matrix(undecided, threshold, undecided.extent.new_empty(4 * len(boxes) ** 2))
     if group is not None:
         return _keep_groups(undecided, threshold)
+    if len(boxes) < MIN_CROWD:
+        return _keep_by_pairs_or_blocks(undecided, threshold)
     keep, position = _keep_by_blocks(undecided, threshold, only_crowds=True)
-    if not len(position):
-        return keep
-    undecided = undecided[position]
-    pairs = find_candidate_pairs(undecided.extent, undecided.area, None, threshold)
-    if pairs.count.sum() <= _max_pairs(len(position)):
-        keep[position] = _keep_by_pairs(undecided, pairs, threshold)
-    else:
-        keep[position] = _keep_by_blocks(undecided, threshold)[0]
+    if len(position):
+        keep[position] = _keep_by_pairs_or_blocks(undecided.take(position), threshold)
     return keep
+
+
+def _keep_by_pairs_or_blocks(boxes: _Boxes, threshold: float) -> Tensor:
+    pairs = find_candidate_pairs(boxes.extent, boxes.area, None, threshold)
+    if pairs.count.sum() <= _max_pairs(len(boxes.area)):
+        return _keep_by_pairs(boxes, pairs, threshold)
+    return _keep_by_blocks(boxes, threshold)[0]
 
 
 def _keep_groups(boxes: _Boxes, threshold: float) -> Tensor:
