@@ -7,7 +7,7 @@ each pixel is a bag of the bins that sampled it, in their order, so that repeate
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,7 +37,7 @@ def roi_align_reference(features: Sequence[Tensor], boxes: Tensor, spec: RoIAlig
         if not len(on_level) or not feature.numel():
             continue
         level = Level(num_images, feature.shape[2], feature.shape[3], scale, spec)
-        table = _as_rows(feature)
+        table = as_rows(feature)
         for rows in in_pieces(boxes, on_level, level):
             samples = sample_boxes(boxes[rows], level)
             if spec.reduction == "max":
@@ -56,7 +56,7 @@ def roi_align_reference(features: Sequence[Tensor], boxes: Tensor, spec: RoIAlig
     return output, argmax
 
 
-def _as_rows(pixels: Tensor) -> Tensor:
+def as_rows(pixels: Tensor) -> Tensor:
     """`[N * H * W, C]` in the dtype of sums, from `[N, C, H, W]`."""
     rows = pixels.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
     return rows.reshape(-1, pixels.shape[1]).to(compute_dtype(pixels.dtype))
@@ -95,7 +95,7 @@ def roi_align_backward_reference(
         total = None
         for rows in in_pieces(boxes, on_level, level):
             samples = sample_boxes(boxes[rows], level)
-            table = _as_rows(grad[rows])
+            table = as_rows(grad[rows])
             if spec.reduction == "max":
                 winner = argmax[rows].permute(0, 2, 3, 1).reshape(-1, channels)
                 part = _scatter_to_winners(table, winner, samples, pixels)
@@ -128,13 +128,18 @@ def _gather_pixels(table: Tensor, row: Tensor, pixel: Tensor, weight: Tensor, pi
 
 def _scatter_to_winners(table: Tensor, winner: Tensor, samples: Samples, pixels: int) -> Tensor:
     """Each bin's gradient to the sample that won it, per channel, then to the pixels of that sample."""
-    local = torch.arange(len(samples.bin), device=table.device) - samples.first[samples.bin]
     total = table.new_zeros(pixels, table.shape[1])
+    for part, sampled in gradients_of_winners(table, winner, samples):
+        rows = torch.arange(len(sampled), device=table.device)
+        total += _gather_pixels(sampled, rows, samples.pixel[part], samples.weight[part], pixels)
+    return total
+
+
+def gradients_of_winners(table: Tensor, winner: Tensor, samples: Samples) -> Iterator[tuple[slice, Tensor]]:
+    """The gradients `[n, C]` of n samples at a time: those of their bins where they won, otherwise 0."""
+    local = torch.arange(len(samples.bin), device=table.device) - samples.first[samples.bin]
     step = max(1, MAX_VALUES // table.shape[1])
     for start in range(0, len(local), step):
         part = slice(start, start + step)
         won = winner[samples.bin[part]] == local[part, None]
-        sampled = table[samples.bin[part]].where(won, 0)
-        rows = torch.arange(len(sampled), device=table.device)
-        total += _gather_pixels(sampled, rows, samples.pixel[part], samples.weight[part], pixels)
-    return total
+        yield part, table[samples.bin[part]].where(won, 0)
