@@ -20,7 +20,7 @@ order: same inputs, same bits.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,7 +28,6 @@ from torch.nn.functional import pad
 
 from fastmask.kernels._runtime import (
     ceil_div,
-    divide,
     float_of,
     jit,
     next_power_of_2,
@@ -42,32 +41,43 @@ from fastmask.kernels.roi_align.geometry import axis_of, finite_box, level_of, p
 if TYPE_CHECKING:
     from fastmask.kernels.roi_align.op import RoIAlignSpec
 
+# [bins x channels] of a program. Chosen by compiling, see docs/compile_report.md: a thread holds 16 bytes of each of
+# the four pixels, in 96 registers (bfloat16, sm_90). With 8 bins it needs 128, and 168 for the maximum. Not yet
+# measured on a GPU.
 BINS_PER_PROGRAM = 4
 CHANNELS_PER_PROGRAM = {2: 256, 4: 256, 8: 64}  # by the bytes of an element
 NUM_WARPS = 4
 
 
-@jit()
-def _tap(axis, p, sample, spans, BINS: tl.constexpr):
-    """Of a visited sample of bins `p`: low and high neighbour, their weights, slope and share of the end of the box.
+class Tap(NamedTuple):
+    """Where a sample of each bin reads along one axis."""
 
-    The slope is the derivative of the high neighbour's weight with respect to the position.
-    """
+    low: Any  # neighbour
+    high: Any  # neighbour, also low at the border
+    weight_low: Any  # 0 where there is no such sample, or it is outside
+    weight_high: Any
+    slope: Any  # derivative of weight_high with respect to the position, 1 or 0
+    share: Any  # derivative of the position with respect to the end of the box; 1 minus it is that of the start
+
+
+@jit()
+def _tap(axis, p, sample, resizes, BINS: tl.constexpr):
+    """The `Tap` of a sample of bins `p` of a box whose bins change in size with its corners, or do not."""
     position, inside = position_of(axis, sample)
     inside &= sample < axis.visited
     low = tl.minimum(position.to(tl.int32), axis.extent - 1)
     high = tl.minimum(low + 1, axis.extent - 1)
     fraction = position - low
-    # An approximate quotient: a share decides nothing.
+    moves = inside & (position > 0) & (high > low)
+    # An approximate quotient is enough: unlike a position, a share selects nothing.
     share = (p + (axis.skipped + sample + 0.5) / tl.maximum(axis.grid, 1.0)) * (1.0 / BINS)
-    slope = inside & (position > 0) & (high > low)
-    return (
+    return Tap(
         low,
         high,
         tl.where(inside, 1 - fraction, 0.0),
         tl.where(inside, fraction, 0.0),
-        tl.where(slope, 1.0, 0.0).to(position.dtype),
-        tl.where(spans, share, 0.0),
+        tl.where(moves, 1.0, 0.0).to(fraction.dtype),
+        tl.where(resizes, share, 0.0),
     )
 
 
@@ -80,27 +90,34 @@ def _load_pixels(feature, row, column, width, channel, mask, C: tl.constexpr, CO
 
 
 @jit()
-def _derivatives(feature, y, x, width, channel, mask, C: tl.constexpr, COMPUTE: tl.constexpr):
-    """Derivatives `[bins, channels]` of the interpolated values with respect to y and x; both are from `_tap`."""
-    low_low = _load_pixels(feature, y[0], x[0], width, channel, mask, C, COMPUTE)
-    low_high = _load_pixels(feature, y[0], x[1], width, channel, mask, C, COMPUTE)
-    high_low = _load_pixels(feature, y[1], x[0], width, channel, mask, C, COMPUTE)
-    high_high = _load_pixels(feature, y[1], x[1], width, channel, mask, C, COMPUTE)
-    y_low, y_high = (y[4] * x[2])[:, None], (y[4] * x[3])[:, None]
-    x_low, x_high = (x[4] * y[2])[:, None], (x[4] * y[3])[:, None]
-    of_y = tl.fma(high_high - low_high, y_high, (high_low - low_low) * y_low)
-    of_x = tl.fma(high_high - high_low, x_high, (low_high - low_low) * x_low)
-    return of_y, of_x
+def _dot(values, grad, VECTOR: tl.constexpr):
+    """Sums `[bins, channels / VECTOR]` of products: over the channels that a thread holds, so without shuffles."""
+    products = tl.reshape(values * grad, (grad.shape[0], grad.shape[1] // VECTOR, VECTOR))
+    return tl.sum(products, 2)
 
 
 @jit()
-def _add_sample(sums, of_y, of_x, y, x):
-    """Add the derivatives of a sample with respect to y and x to those with respect to x1, y1, x2 and y2."""
+def _sample_gradients(
+    feature, grad, y, x, width, channel, mask, C: tl.constexpr, COMPUTE: tl.constexpr, VECTOR: tl.constexpr
+):
+    """Gradients `[bins, channels / VECTOR]` of the positions of a sample of each bin, y and x, at its taps y and x."""
+    low_low = _load_pixels(feature, y.low, x.low, width, channel, mask, C, COMPUTE)
+    low_high = _load_pixels(feature, y.low, x.high, width, channel, mask, C, COMPUTE)
+    high_low = _load_pixels(feature, y.high, x.low, width, channel, mask, C, COMPUTE)
+    high_high = _load_pixels(feature, y.high, x.high, width, channel, mask, C, COMPUTE)
+    of_y = tl.fma(high_high - low_high, x.weight_high[:, None], (high_low - low_low) * x.weight_low[:, None])
+    of_x = tl.fma(high_high - high_low, y.weight_high[:, None], (low_high - low_low) * y.weight_low[:, None])
+    return _dot(of_y, grad, VECTOR) * y.slope[:, None], _dot(of_x, grad, VECTOR) * x.slope[:, None]
+
+
+@jit()
+def _add_sample(sums, grad_y, grad_x, y, x):
+    """Add the gradients of a sample's y and x to those of x1, y1, x2 and y2."""
     return (
-        tl.fma(of_x, (1 - x[5])[:, None], sums[0]),
-        tl.fma(of_y, (1 - y[5])[:, None], sums[1]),
-        tl.fma(of_x, x[5][:, None], sums[2]),
-        tl.fma(of_y, y[5][:, None], sums[3]),
+        tl.fma(grad_x, (1 - x.share)[:, None], sums[0]),
+        tl.fma(grad_y, (1 - y.share)[:, None], sums[1]),
+        tl.fma(grad_x, x.share[:, None], sums[2]),
+        tl.fma(grad_y, y.share[:, None], sums[3]),
     )
 
 
@@ -124,6 +141,7 @@ def _roi_align_box_backward_kernel(
     COMPUTE: tl.constexpr,
     BINS: tl.constexpr,
     CHANNELS: tl.constexpr,
+    VECTOR: tl.constexpr,  # channels of 16 bytes
 ):
     BLOCKS: tl.constexpr = (PH * PW + BINS - 1) // BINS
     k = (tl.program_id(0) // BLOCKS).to(tl.int64)
@@ -141,34 +159,33 @@ def _roi_align_box_backward_kernel(
     height, width = size_of(packed)
     feature += image * height * width * C
 
-    zero = tl.zeros((BINS, CHANNELS), COMPUTE)
+    zero = tl.zeros((BINS, CHANNELS // VECTOR), COMPUTE)
     sums = (zero, zero, zero, zero)
     x1, y1, x2, y2 = scaled_box(box, scale, ALIGNED)
-    place = k * (PH * PW * C) + (bin * C)[:, None] + channel[None, :]
-    loaded = (bin < PH * PW)[:, None] if mask is None else (bin < PH * PW)[:, None] & mask[None, :]
-    grad_bin = zero
     if pooled & finite_box(x1, y1, x2, y2) & (height > 0) & (width > 0):
+        place = k * (PH * PW * C) + (bin * C)[:, None] + channel[None, :]
+        loaded = (bin < PH * PW)[:, None] if mask is None else (bin < PH * PW)[:, None] & mask[None, :]
         grad_bin = tl.load(grad + place, mask=loaded, other=0.0).to(COMPUTE)
-        if REDUCTION == "max":
-            winner = tl.load(argmax + place, mask=loaded, other=0)
         p, q = (bin // PW).to(COMPUTE), (bin % PW).to(COMPUTE)
         rows = axis_of(y1, y2, p, height, PH, RATIO, ALIGNED)
         columns = axis_of(x1, x2, q, width, PW, RATIO, ALIGNED)
+        winner = tl.load(argmax + place, mask=loaded, other=0) if REDUCTION == "max" else None
+        if REDUCTION == "mean":
+            grad_bin *= (1.0 / tl.maximum(rows.grid * columns.grid, 1.0))[:, None]
         for i in range(tl.max(rows.visited, 0).to(tl.int32)):
             y = _tap(rows, p, i, ALIGNED | (y2 - y1 >= 1), PH)
             for j in range(tl.max(columns.visited, 0).to(tl.int32)):
                 x = _tap(columns, q, j, ALIGNED | (x2 - x1 >= 1), PW)
-                of_y, of_x = _derivatives(feature, y, x, width, channel, mask, C, COMPUTE)
+                grad_sample = grad_bin
                 if REDUCTION == "max":
-                    won = winner == (i * columns.visited.to(tl.int32) + j)[:, None]
-                    of_y, of_x = tl.where(won, of_y, 0.0), tl.where(won, of_x, 0.0)
-                sums = _add_sample(sums, of_y, of_x, y, x)
-        if REDUCTION == "mean":
-            grad_bin = divide(grad_bin, tl.maximum(rows.grid * columns.grid, 1.0)[:, None])
+                    sample = i * columns.visited.to(tl.int32) + j
+                    grad_sample = tl.where(winner == sample[:, None], grad_bin, 0.0)
+                grad_y, grad_x = _sample_gradients(feature, grad_sample, y, x, width, channel, mask, C, COMPUTE, VECTOR)
+                sums = _add_sample(sums, grad_y, grad_x, y, x)
 
     partial += (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * 4
     for corner in tl.static_range(4):
-        tl.store(partial + corner, tl.sum(tl.sum(sums[corner] * grad_bin, 1), 0) * scale)
+        tl.store(partial + corner, tl.sum(tl.sum(sums[corner], 1), 0) * scale)
 
 
 def launch_roi_align_box_backward(
@@ -202,6 +219,7 @@ def launch_roi_align_box_backward(
             COMPUTE=triton_dtype(grad.dtype),
             BINS=BINS_PER_PROGRAM,
             CHANNELS=block,
+            VECTOR=min(block, 16 // grad.element_size()),
             num_warps=NUM_WARPS,
             enable_fp_fusion=False,
         )

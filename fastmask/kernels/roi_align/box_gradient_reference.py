@@ -76,7 +76,9 @@ def _gradient_of_corners(of_weights: Tensor, samples: Samples, boxes: Tensor, le
     row, column, _, _ = pair_samples(rows, columns, len(boxes), spec)
     of_weights = of_weights.view(-1, 2, 2)  # by row and column of the neighbour
     of_y = ((of_weights[:, 1] - of_weights[:, 0]) * columns.weights[column]).sum(1) * _slope(along_y, height, spec)[row]
-    of_x = ((of_weights[:, :, 1] - of_weights[:, :, 0]) * rows.weights[row]).sum(1) * _slope(along_x, width, spec)[column]
+    of_x = ((of_weights[:, :, 1] - of_weights[:, :, 0]) * rows.weights[row]).sum(1) * _slope(along_x, width, spec)[
+        column
+    ]
     y_end = _share_of_end(along_y, y2 - y1, spec.pooled_height, spec)[row]
     x_end = _share_of_end(along_x, x2 - x1, spec.pooled_width, spec)[column]
     corners = torch.stack([of_x * (1 - x_end), of_y * (1 - y_end), of_x * x_end, of_y * y_end], 1)

@@ -148,7 +148,7 @@ def _fake_box_backward(
 
 def _box_double_backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
     del ctx, grad
-    raise NotImplementedError("boxes: expected no gradient of their gradient, got a second derivative")
+    raise NotImplementedError("boxes: expected none that require grad for a second derivative, got boxes that do")
 
 
 _roi_align_backward = register(
