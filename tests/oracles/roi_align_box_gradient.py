@@ -109,15 +109,15 @@ def check_boxes_that_are_not_pooled(device):
     assert actual.eq(0).all()
 
 
-DEGENERATE = [  # across and beyond the borders, a billion pixels wide, empty, inverted
+ACROSS = [  # the borders, empty, inverted
     [0, -20, -9, 30, 20],
     [1, 30, 20, 90, 50],
     [0, 200, 100, 230, 130],
-    [1, -1e9, -1e9, 1e9, 1e9],
     [0, 10, 10, 10, 10],
     [1, 30, 30, 9, 8],
 ]
-FEW_SAMPLES = [*DEGENERATE[:3], *DEGENERATE[4:]]  # also with an adaptive grid
+HUGE = [[1, -1e9, -1e9, 1e9, 1e9], *ACROSS]  # a billion pixels wide
+BEFORE = [[0, 10, -76, 60, 51.2], [1, -47, 5, 81, 45]]  # an adaptive grid skips samples before the level
 _HALF, _BRAIN = torch.float16, torch.bfloat16
 
 VARIANTS = {
@@ -131,7 +131,15 @@ VARIANTS = {
         "max, float32, ratio 2": {"dtype": torch.float32, "ratio": 2, "aligned": False, "reduction": "max"},
         "max, bfloat16, adaptive": {"dtype": _BRAIN, "ratio": 0, "aligned": True, "reduction": "max", "last": False},
         "300 channels": {"dtype": torch.float32, "ratio": 1, "aligned": True, "channels": 300, "pooled": (1, 1)},
-        "degenerate boxes": {"dtype": torch.float32, "ratio": 2, "aligned": False, "boxes": DEGENERATE},
-        "degenerate boxes, adaptive": {"dtype": torch.float64, "ratio": 0, "aligned": True, "boxes": FEW_SAMPLES},
+        "degenerate boxes": {"dtype": torch.float32, "ratio": 2, "aligned": False, "boxes": HUGE},
+        "degenerate boxes, adaptive": {"dtype": torch.float64, "ratio": 0, "aligned": True, "boxes": ACROSS},
+        "skipped samples": {"dtype": torch.float32, "ratio": 0, "aligned": False, "boxes": BEFORE},
+        "max, skipped samples": {
+            "dtype": torch.float64,
+            "ratio": 0,
+            "aligned": True,
+            "reduction": "max",
+            "boxes": BEFORE,
+        },
     }.items()
 } | {"gradient of boxes that are not pooled": check_boxes_that_are_not_pooled}
