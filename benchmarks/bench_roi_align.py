@@ -37,6 +37,7 @@ from benchmarks.harness.workloads import ADVERSARIAL, C4, DTYPES, IMAGE, LAYOUTS
 from benchmarks.reporting.results import FASTMASK
 from fastmask.kernels.roi_align.op import RoIAlignSpec
 from fastmask.kernels.roi_align.reference import roi_align_reference
+from tests.oracles import roi_align_box_gradient
 from tests.oracles.roi_align import check_large_map, draw_boxes, draw_pyramid
 
 SAMPLES = 2  # torchvision's default
@@ -244,29 +245,41 @@ def bench_image_size(comparison, scale):
 def _calls(device: str, seed: int) -> list[Call]:
     features = [level.to(device) for level in draw_pyramid([(6, 7), (3, 4)], images=1, seed=seed)]
     last = [level.to(device, memory_format=torch.channels_last).requires_grad_() for level in features]
-    boxes = draw_boxes(3, 1, 24, seed).to(device)
+    boxes, leaf = (draw_boxes(3, 1, 24, seed).to(device).requires_grad_(of_boxes) for of_boxes in (False, True))
     scales = [1 / 4, 1 / 8]
     pyramid = {"boxes": boxes, "output_size": 2, "spatial_scales": scales, "canonical_box_size": 24}
     return [
         Call(fastmask.roi_align, {"input": last[0], "boxes": [boxes[:, 1:]], "output_size": 2, "sampling_ratio": 2}),
         Call(fastmask.multiscale_roi_align, {"features": last, **pyramid}),
         Call(fastmask.multiscale_roi_align, {"features": features, **pyramid, "sampling_ratio": 0, "reduction": "max"}),
+        Call(fastmask.multiscale_roi_align, {"features": last, **pyramid, "boxes": leaf}),
     ]
 
 
-def _compile_case(dtype: str, sampling: str, images: int, boxes: int, bins: int) -> Call:
-    """Box or mask pooling over P2-P5 of 800 x 1344 images, with a peer's defaults; two images also have gradients."""
+def _compile_case(
+    dtype: str,
+    sampling: str,
+    images: int,
+    boxes: int,
+    bins: int,
+    reduction: str = "mean",
+    *,
+    of_features: bool = False,
+    of_boxes: bool = False,
+) -> Call:
+    """Box or mask pooling over P2-P5 of 800 x 1344 images, with a peer's defaults, and the gradients asked for."""
     features = [
         meta(images, 256, 800 // stride, 1344 // stride, dtype=DTYPES[dtype], channels_last=True) for stride in STRIDES
     ]
     ratio, aligned = {"torchvision": (2, False), "detectron2": (0, True)}[sampling]
     arguments = {
-        "features": [feature.requires_grad_(images == 2) for feature in features],
-        "boxes": meta(boxes, 5),
+        "features": [feature.requires_grad_(of_features) for feature in features],
+        "boxes": meta(boxes, 5).requires_grad_(of_boxes),
         "output_size": bins,
         "spatial_scales": SCALES,
         "sampling_ratio": ratio,
         "aligned": aligned,
+        "reduction": reduction,
         "level_rounding": sampling,
     }
     return Call(fastmask.multiscale_roi_align, arguments)
@@ -290,16 +303,29 @@ def _check_random(draw: Draw, device: str) -> None:
 OPERATOR = Operator(
     calls=_calls,
     compile_cases={
-        f"{boxes} RoIs {bins}x{bins}, {sampling}, {dtype}": partial(_compile_case, dtype, sampling, images, boxes, bins)
+        f"{boxes} RoIs {bins}x{bins}, {sampling}, {dtype}": partial(
+            _compile_case, dtype, sampling, images, boxes, bins, of_features=images == 2
+        )
         for sampling in ("torchvision", "detectron2")
         for dtype in ("bfloat16", "float32")
         for images, boxes, bins in ((1, 1000, 7), (1, 100, 14), (2, 1024, 7), (2, 256, 14))
+    }
+    | {
+        f"1024 RoIs 7x7, {sampling}, {reduction}, {dtype}, gradient of boxes": partial(
+            _compile_case, dtype, sampling, 2, 1024, 7, reduction, of_boxes=True
+        )
+        for sampling in ("torchvision", "detectron2")
+        for reduction, dtype in (("mean", "bfloat16"), ("mean", "float32"), ("max", "bfloat16"))
     },
     limits={
         "_list_boxes_kernel": {"cuda": Limit(32), "hip": Limit(40)},
         "_roi_align_backward_kernel": {
             "cuda": Limit(232, wide_loads=True, wide_stores=True),
             "hip": Limit(152, wide_loads=True),
+        },
+        "_roi_align_box_backward_kernel": {
+            "cuda": Limit(128, wide_loads=True),
+            "hip": Limit(80),
         },
         "_roi_align_forward_kernel": {
             "cuda": Limit(168, wide_loads=True, wide_stores=True),
@@ -308,4 +334,5 @@ OPERATOR = Operator(
     },
     check_random=_check_random,
     check_large=partial(check_large_map, fastmask.roi_align),
+    variants=roi_align_box_gradient.VARIANTS,
 )

@@ -61,7 +61,8 @@ class RoIAlign(nn.Module):
 
         Args:
             input: `[N, C, H, W]` features, floating.
-            rois: `[K, 5]` rows `(image, x1, y1, x2, y2)`, or a list of one `[L, 4]` per image, in image pixels.
+            rois: `[K, 5]` rows `(image, x1, y1, x2, y2)`, or a list of one `[L, 4]` per image, in image pixels. They
+                receive a gradient if they require one.
 
         Returns:
             `[K, C, PH, PW]` in the input's dtype and memory format.
@@ -216,7 +217,8 @@ class MultiScaleRoIAlign(nn.Module):
 
         Args:
             x: feature maps `[N, C, H_l, W_l]` by name.
-            boxes: one `[K_n, 4]` per image, `(x1, y1, x2, y2)` in input pixels.
+            boxes: one `[K_n, 4]` per image, `(x1, y1, x2, y2)` in input pixels. They receive a gradient if they require
+                one.
             image_shapes: `(height, width)` of each image of the batch, before padding. The scale of a level is its
                 height divided by the largest image height, rounded to a power of two. It is inferred in each call, so
                 images may change size; torchvision keeps the scales of the first call.

@@ -11,6 +11,8 @@ is not patched, and other models are not touched.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softmax
@@ -30,6 +32,16 @@ class _FastPooler(modules.MultiScaleRoIAlign, MultiScaleRoIAlign):
     """fastmask's forward on torchvision's attributes, and defaults for those that torchvision lacks."""
 
     aligned, reduction, level_rounding = False, "mean", "torchvision"
+
+    def forward(
+        self, x: Mapping[str, Tensor], boxes: Sequence[Tensor], image_shapes: Sequence[tuple[int, int]]
+    ) -> Tensor:
+        """Boxes receive no gradient, as from torchvision's operator.
+
+        The mask and keypoint branches pool from decoded boxes, which require grad where a detector is differentiated in
+        evaluation mode.
+        """
+        return super().forward(x, [box.detach() for box in boxes], image_shapes)
 
 
 class _FastRegionProposalNetwork(RegionProposalNetwork):

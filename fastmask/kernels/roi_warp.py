@@ -58,7 +58,7 @@ def roi_warp(
             only: on an accelerator this check would need a host-device synchronisation, and such a box pools zeros.
     """
     (input,) = check_features("input", [input])
-    rois = to_rois(boxes, input, "input")
+    rois = to_rois(boxes, input, "input").detach()  # rounding has no gradient
     rounded = _round_boxes(rois, check_positive("spatial_scale", spatial_scale))
     return roi_align(input, rounded, output_size, 1.0, sampling_ratio, reduction=reduction)
 

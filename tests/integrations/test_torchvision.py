@@ -81,6 +81,17 @@ def test_other_models_and_custom_modules_are_left_alone():
 
 
 @pytest.mark.reference_only
+def test_boxes_receive_no_gradient():
+    # As from torchvision's operator; a detector that is differentiated in evaluation mode pools masks from such boxes.
+    model = accelerate(build("fasterrcnn_mobilenet_v3_large_fpn"))
+    features = {name: torch.rand(1, 256, 8, 8, requires_grad=True) for name in ("0", "1", "pool")}
+    boxes = [torch.tensor([[8.0, 8, 40, 40]], requires_grad=True)]
+    model.roi_heads.box_roi_pool(features, boxes, [(64, 64)]).sum().backward()
+    assert boxes[0].grad is None
+    assert features["0"].grad is not None
+
+
+@pytest.mark.reference_only
 @pytest.mark.parametrize("call", [accelerate, restore])
 def test_other_models_are_named(call):
     with pytest.raises(TypeError, match="model: expected a torchvision two-stage detector, got Linear"):

@@ -13,7 +13,8 @@ the peers do under autocast, would alone write 91 MB. Features that are not chan
 scattered 2-byte load costs a whole 32-byte sector, and each output needs 16 of them.
 
 Deterministic, forward and backward: sums are float32 (float64 for float64 features) in a fixed order, so the same
-inputs give the same bits. `backward.py` has the gradient.
+inputs give the same bits. `backward.py` has the gradient of the features, `box_gradient.py` that of the boxes. The
+latter costs nothing unless boxes require grad: only then are the features kept for the backward.
 """
 
 from __future__ import annotations
@@ -57,8 +58,8 @@ def multiscale_roi_align(
             float64. Mixed dtypes are promoted as by `torch.promote_types`. channels_last is fastest.
         boxes: `[K, 5]` rows `(image, x1, y1, x2, y2)`, or a list of one `[K_n, 4]` per image, in image pixels:
             continuous coordinates, pixel j covers [j, j + 1). Boxes of any floating dtype are converted to float32
-            (float64 with float64 features). A box with a coordinate that is not finite pools zeros. Boxes receive
-            no gradient.
+            (float64 with float64 features). A box with a coordinate that is not finite pools zeros. Boxes that
+            require grad receive a gradient, unlike torchvision's; detach them where they are constants.
         output_size: bins, `(PH, PW)` or one number for both.
         spatial_scales: L numbers, level pixels per image pixel: `2 ** -level` for each level. A box whose level is
             missing between the first and the last pools zeros; `level_rounding="detectron2"` allows no gaps.
@@ -71,13 +72,15 @@ def multiscale_roi_align(
 
     Returns:
         `[K, C, PH, PW]` in the features' dtype and the first level's memory format. Differentiable with respect to
-        the features, twice for the mean. Forward and backward are deterministic.
+        the features and the corners of the boxes. The gradient of the features is differentiable too, for the mean;
+        that of the boxes is not. Forward and backward are deterministic.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: an argument has the wrong shape, length, device or value. An image index outside [0, N) raises on
             the CPU only: on an accelerator this check would need a host-device synchronisation, and such a box pools
             zeros.
+        NotImplementedError: in a backward, for a second derivative of the maximum or through the gradient of the boxes.
     """
     levels = check_features("features", check_sequence("features", features, "Tensors"))
     rois = to_rois(boxes, levels[0], "features")
@@ -117,8 +120,8 @@ def roi_align(
         input: `[N, C, H, W]` features: float16, bfloat16, float32 or float64. channels_last is fastest.
         boxes: `[K, 5]` rows `(image, x1, y1, x2, y2)`, or a list of one `[L, 4]` per image, in image pixels:
             continuous coordinates, pixel j covers [j, j + 1). Boxes of any floating dtype are converted to float32
-            (float64 with a float64 input). A box with a coordinate that is not finite pools zeros. Boxes receive no
-            gradient.
+            (float64 with a float64 input). A box with a coordinate that is not finite pools zeros. Boxes that require
+            grad receive a gradient, unlike torchvision's; detach them where they are constants.
         output_size: bins, `(PH, PW)` or one number for both.
         spatial_scale: pixels of `input` per image pixel.
         sampling_ratio: samples per bin and axis; 0 or less: `ceil(bin size)`.
@@ -126,13 +129,15 @@ def roi_align(
         reduction: `"mean"` or `"max"` of the samples of a bin (He et al. 2017, Table 2c).
 
     Returns:
-        `[K, C, PH, PW]` in the input's dtype and memory format. Differentiable with respect to `input`, twice for the
-        mean. Forward and backward are deterministic.
+        `[K, C, PH, PW]` in the input's dtype and memory format. Differentiable with respect to `input` and the corners
+        of the boxes. The gradient of `input` is differentiable too, for the mean; that of the boxes is not. Forward and
+        backward are deterministic.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: an argument has the wrong shape, device or value. An image index outside [0, N) raises on the CPU
             only: on an accelerator this check would need a host-device synchronisation, and such a box pools zeros.
+        NotImplementedError: in a backward, for a second derivative of the maximum or through the gradient of the boxes.
     """
     levels = check_features("input", [input])
     rois = to_rois(boxes, levels[0], "input")

@@ -58,13 +58,24 @@ class Samples(NamedTuple):
     first: Tensor  # [K * PH * PW + 1] the first sample of each bin, and S
 
 
-class _AxisSamples(NamedTuple):
-    """The samples along one axis of all boxes, bin by bin; A of them in K * P bins."""
+class AxisPositions(NamedTuple):
+    """Where the samples along one axis of all boxes lie, bin by bin; A of them in K * P bins."""
+
+    position: Tensor  # [A] in pixels of the level, before they are clamped to it
+    number: Tensor  # [A] i + 1/2 for sample i of its bin
+    grid: Tensor  # [A] number of samples of its bin
+    bin: Tensor  # [A] the bin that each belongs to
+    first: Tensor  # [K * P] the first sample of each bin
+    visited: Tensor  # [K * P] its number of samples that are visited
+
+
+class AxisSamples(NamedTuple):
+    """The samples along one axis of all boxes, as `AxisPositions` orders them."""
 
     neighbours: Tensor  # [A, 2] low and high
     weights: Tensor  # [A, 2]
-    first: Tensor  # [K * P] the first sample of each bin
-    visited: Tensor  # [K * P] its number of samples
+    first: Tensor  # [K * P]
+    visited: Tensor  # [K * P]
 
 
 def select_boxes(boxes: Tensor, num_images: int, spec: RoIAlignSpec) -> list[Tensor]:
@@ -76,7 +87,8 @@ def select_boxes(boxes: Tensor, num_images: int, spec: RoIAlignSpec) -> list[Ten
     return [((level == index) & is_finite).nonzero()[:, 0] for index, is_finite in enumerate(finite)]
 
 
-def _sample_along(start: Tensor, end: Tensor, bins: int, extent: int, spec: RoIAlignSpec) -> _AxisSamples:
+def positions_along(start: Tensor, end: Tensor, bins: int, extent: int, spec: RoIAlignSpec) -> AxisPositions:
+    """The samples along one axis of boxes from `start` to `end`, on a level of `extent` pixels."""
     ratio = spec.sampling_ratio
     size = end - start if spec.aligned else (end - start).clamp(min=1)
     bin = size[:, None] / bins
@@ -94,16 +106,23 @@ def _sample_along(start: Tensor, end: Tensor, bins: int, extent: int, spec: RoIA
     bin_of = torch.repeat_interleave(visited)
     sample = torch.arange(len(bin_of), device=base.device) - first[bin_of]
     bin, grid = bin[bin_of // bins, 0], grid[bin_of // bins, 0]
-    position = base.flatten()[bin_of] + (skipped.flatten()[bin_of] + sample + 0.5) * bin / grid
+    number = skipped.flatten()[bin_of] + sample + 0.5
+    position = base.flatten()[bin_of] + number * bin / grid
+    return AxisPositions(position, number, grid, bin_of, first, visited)
+
+
+def interpolate_along(positions: AxisPositions, extent: int, spec: RoIAlignSpec) -> AxisSamples:
+    """The neighbours of each sample along an axis of `extent` pixels, and their weights."""
+    position = positions.position
     inside = (position >= -1) & (position <= extent)
     position = position.clamp(0, extent - 1)
     low = position.long()
     fraction = position - low
     weights = torch.stack([1 - fraction, fraction], 1) * inside[:, None]
     if spec.reduction == "mean":
-        weights = weights / grid[:, None]
+        weights = weights / positions.grid[:, None]
     neighbours = torch.stack([low, (low + 1).clamp(max=extent - 1)], 1)
-    return _AxisSamples(neighbours, weights, first, visited)
+    return AxisSamples(neighbours, weights, positions.first, positions.visited)
 
 
 def in_pieces(boxes: Tensor, rows: Tensor, level: Level) -> list[Tensor]:
@@ -126,13 +145,18 @@ def in_pieces(boxes: Tensor, rows: Tensor, level: Level) -> list[Tensor]:
     return list(rows.split(sizes.tolist()))
 
 
+def corners_on_level(boxes: Tensor, level: Level) -> tuple[Tensor, ...]:
+    """x1, y1, x2, y2 of `boxes [K, 5]`, in pixels of the level."""
+    return (boxes[:, 1:] * level.scale - (0.5 if level.spec.aligned else 0.0)).unbind(1)
+
+
 def sample_boxes(boxes: Tensor, level: Level) -> Samples:
     """All samples of `boxes [K, 5]` on a level of N x H x W pixels."""
-    num_images, height, width, scale, spec = level
-    x1, y1, x2, y2 = (boxes[:, 1:] * scale - (0.5 if spec.aligned else 0.0)).unbind(1)
-    rows = _sample_along(y1, y2, spec.pooled_height, height, spec)
-    columns = _sample_along(x1, x2, spec.pooled_width, width, spec)
-    row, column, bin, first = _pair_samples(rows, columns, len(boxes), spec)
+    num_images, height, width, _, spec = level
+    x1, y1, x2, y2 = corners_on_level(boxes, level)
+    rows = interpolate_along(positions_along(y1, y2, spec.pooled_height, height, spec), height, spec)
+    columns = interpolate_along(positions_along(x1, x2, spec.pooled_width, width, spec), width, spec)
+    row, column, bin, first = pair_samples(rows, columns, len(boxes), spec)
     image = boxes[:, :1].long().expand(-1, spec.pooled_height).flatten().repeat_interleave(rows.visited)
     narrow = torch.int32 if max(num_images * height * width, 4 * len(row)) < 2**31 else torch.int64
     in_table = ((image[:, None] * height + rows.neighbours) * width).to(narrow)
@@ -141,8 +165,8 @@ def sample_boxes(boxes: Tensor, level: Level) -> Samples:
     return Samples(pixel.flatten(1), weight.flatten(1), bin, first)
 
 
-def _pair_samples(
-    rows: _AxisSamples, columns: _AxisSamples, num_boxes: int, spec: RoIAlignSpec
+def pair_samples(
+    rows: AxisSamples, columns: AxisSamples, num_boxes: int, spec: RoIAlignSpec
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Row sample, column sample and bin of each sample, and the first sample of each bin."""
     device, ratio = rows.first.device, spec.sampling_ratio

@@ -1,4 +1,4 @@
-"""RoIAlign's settings as one type, and its two operators registered with PyTorch."""
+"""RoIAlign's settings as one type, and its operators registered with PyTorch: the forward and its two gradients."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from torch import Tensor
 
 from fastmask.kernels._runtime import Size, empty, float64_bits, is_channels_last, pack_size, register
 from fastmask.kernels.roi_align.backward import launch_roi_align_backward
+from fastmask.kernels.roi_align.box_gradient import launch_roi_align_box_backward
+from fastmask.kernels.roi_align.box_gradient_reference import roi_align_box_backward_reference
 from fastmask.kernels.roi_align.forward import launch_roi_align
 from fastmask.kernels.roi_align.levels import LevelRule, area_thresholds, level_range
 from fastmask.kernels.roi_align.reference import roi_align_backward_reference, roi_align_reference
@@ -85,14 +87,21 @@ def _fake_roi_align(features: Sequence[Tensor], boxes: Tensor, spec: RoIAlignSpe
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     features, boxes, ctx.spec = inputs
     _, argmax = output
-    ctx.save_for_backward(boxes, argmax)
+    # The gradient of the boxes alone reads the features: they are not kept alive for that of the features.
+    ctx.save_for_backward(boxes, argmax, *(features if boxes.requires_grad else ()))
     ctx.sizes = PyramidShape.of(features).pack()
     ctx.channels_last = is_channels_last(features[0])
 
 
-def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[list[Tensor], None]:
-    boxes, argmax = ctx.saved_tensors
-    return _roi_align_backward(grad, boxes, argmax, ctx.sizes, ctx.channels_last, *ctx.spec), None
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[list[Tensor] | list[None], Tensor | None]:
+    boxes, argmax, *features = ctx.saved_tensors
+    features_need_grad, boxes_need_grad = ctx.needs_input_grad[:2]
+    grad_features, grad_boxes = [None] * len(features_need_grad), None
+    if any(features_need_grad):
+        grad_features = _roi_align_backward(grad, boxes, argmax, ctx.sizes, ctx.channels_last, *ctx.spec)
+    if boxes_need_grad:
+        grad_boxes = _roi_align_box_backward(grad, features, boxes, argmax, *ctx.spec)
+    return grad_features, grad_boxes
 
 
 def _with_shape(function: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
@@ -115,17 +124,31 @@ def _fake_backward(
 
 def _setup_double_backward(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     del output
-    _, boxes, _, _, _, ctx.spec = inputs
-    ctx.save_for_backward(boxes)
+    grad, boxes, argmax, _, _, ctx.spec = inputs
+    ctx.save_for_backward(boxes, argmax, *([grad] if boxes.requires_grad else []))
 
 
 def _double_backward(ctx: Any, grads: list[Tensor]) -> tuple[Tensor | None, ...]:
-    """The mean is linear in the features: the gradient of its gradient is RoIAlign itself."""
+    """The mean is linear in the features: its gradient's gradients are RoIAlign itself, and RoIAlign's of the boxes."""
     if ctx.spec.reduction == "max":
         raise NotImplementedError('reduction: expected "mean" for a second derivative, got "max"')
-    (boxes,) = ctx.saved_tensors
-    output, _ = roi_align_operator(grads, boxes, *ctx.spec)
-    return output, None, None, None, None
+    boxes, argmax, *grad = ctx.saved_tensors
+    grad_needs_grad, boxes_need_grad = ctx.needs_input_grad[:2]
+    output = roi_align_operator(grads, boxes, *ctx.spec)[0] if grad_needs_grad else None
+    grad_boxes = _roi_align_box_backward(*grad, grads, boxes, argmax, *ctx.spec) if boxes_need_grad else None
+    return output, grad_boxes, None, None, None
+
+
+def _fake_box_backward(
+    grad: Tensor, features: Sequence[Tensor], boxes: Tensor, argmax: Tensor, spec: RoIAlignSpec
+) -> Tensor:
+    del grad, features, argmax, spec
+    return boxes.new_empty(boxes.shape)
+
+
+def _box_double_backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
+    del ctx, grad
+    raise NotImplementedError("boxes: expected none that require grad for a second derivative, got boxes that do")
 
 
 _roi_align_backward = register(
@@ -136,6 +159,15 @@ _roi_align_backward = register(
     fake=_with_shape(_fake_backward),
     backward=_double_backward,
     setup_context=_setup_double_backward,
+    spec=RoIAlignSpec,
+)
+
+_roi_align_box_backward = register(
+    "roi_align_box_backward(Tensor grad, Tensor[] features, Tensor boxes, Tensor argmax, *spec) -> Tensor",
+    reference=roi_align_box_backward_reference,
+    launch=launch_roi_align_box_backward,
+    fake=_fake_box_backward,
+    backward=_box_double_backward,
     spec=RoIAlignSpec,
 )
 

@@ -7,7 +7,7 @@ each pixel is a bag of the bins that sampled it, in their order, so that repeate
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -43,7 +43,7 @@ def roi_align_reference(features: Sequence[Tensor], boxes: Tensor, spec: RoIAlig
         for rows in pieces:
             samples = sample_boxes(boxes[rows], level)
             if table is None:
-                table, samples = (_as_rows(feature), samples) if len(pieces) > 1 else _sampled_rows(feature, samples)
+                table, samples = (as_rows(feature), samples) if len(pieces) > 1 else _sampled_rows(feature, samples)
             if spec.reduction == "max":
                 values, winner = _max_of_samples(table, samples)
                 winner = winner.to(argmax.dtype).view(-1, *pooled, channels).permute(0, 3, 1, 2)
@@ -60,14 +60,14 @@ def roi_align_reference(features: Sequence[Tensor], boxes: Tensor, spec: RoIAlig
     return output, argmax
 
 
-def _as_rows(pixels: Tensor) -> Tensor:
+def as_rows(pixels: Tensor) -> Tensor:
     """`[N * H * W, C]` in the dtype of sums, from `[N, C, H, W]`."""
     rows = pixels.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
     return rows.reshape(-1, pixels.shape[1]).to(compute_dtype(pixels.dtype))
 
 
 def _sampled_rows(feature: Tensor, samples: Samples) -> tuple[Tensor, Samples]:
-    """`_as_rows(feature)`, and the samples. If that is a copy and few pixels are sampled, their rows alone."""
+    """`as_rows(feature)`, and the samples. If that is a copy and few pixels are sampled, their rows alone."""
     num_images, channels, height, width = feature.shape
     pixels = num_images * height * width
     rows = feature.permute(0, 2, 3, 1)
@@ -77,7 +77,7 @@ def _sampled_rows(feature: Tensor, samples: Samples) -> tuple[Tensor, Samples]:
     sampled[samples.pixel.flatten()] = True
     index = sampled.nonzero()[:, 0]
     if len(index) > pixels * MAX_SAMPLED_SHARE:
-        return _as_rows(feature), samples
+        return as_rows(feature), samples
     place = sampled.cumsum(0, dtype=samples.pixel.dtype).sub_(1)
     if rows.is_contiguous():
         table = rows.view(pixels, channels).index_select(0, index)
@@ -131,7 +131,7 @@ def _sum_samples(
     pixels, total = level.num_images * level.height * level.width, None
     pieces = in_pieces(boxes, on_level, level)
     for rows in pieces:
-        samples, table = sample_boxes(boxes[rows], level), _as_rows(grad[rows])
+        samples, table = sample_boxes(boxes[rows], level), as_rows(grad[rows])
         if level.spec.reduction == "max":
             winner = argmax[rows].permute(0, 2, 3, 1).reshape(-1, grad.shape[1])
             part = _scatter_to_winners(table, winner, samples, pixels)
@@ -188,13 +188,18 @@ def _gather_pixels(
 
 def _scatter_to_winners(table: Tensor, winner: Tensor, samples: Samples, pixels: int) -> Tensor:
     """Each bin's gradient to the sample that won it, per channel, then to the pixels of that sample."""
-    local = torch.arange(len(samples.bin), device=table.device) - samples.first[samples.bin]
     total = table.new_zeros(pixels, table.shape[1])
+    for part, sampled in gradients_of_winners(table, winner, samples):
+        rows = torch.arange(len(sampled), device=table.device)
+        total += _gather_pixels(sampled, rows, samples.pixel[part], samples.weight[part], pixels)[0]
+    return total
+
+
+def gradients_of_winners(table: Tensor, winner: Tensor, samples: Samples) -> Iterator[tuple[slice, Tensor]]:
+    """The gradients `[n, C]` of n samples at a time: those of their bins where they won, otherwise 0."""
+    local = torch.arange(len(samples.bin), device=table.device) - samples.first[samples.bin]
     step = max(1, MAX_VALUES // table.shape[1])
     for start in range(0, len(local), step):
         part = slice(start, start + step)
         won = winner[samples.bin[part]] == local[part, None]
-        sampled = table[samples.bin[part]].where(won, 0)
-        rows = torch.arange(len(sampled), device=table.device)
-        total += _gather_pixels(sampled, rows, samples.pixel[part], samples.weight[part], pixels)[0]
-    return total
+        yield part, table[samples.bin[part]].where(won, 0)
