@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -28,45 +29,58 @@ def to_rois(boxes: Sequence[Tensor]) -> Tensor:
     return torch.cat([torch.nn.functional.pad(box, (1, 0), value=image) for image, box in enumerate(boxes)])
 
 
-def _spec(launch: Launch) -> RoIAlignSpec:
-    a = launch.arguments
-    return RoIAlignSpec(a["PH"], a["PW"], SCALES, a["RATIO"], a["ALIGNED"], a["REDUCTION"])
+def _sizes(features: Sequence[Tensor]) -> tuple[tuple[int, int], ...]:
+    """Height and width of each level."""
+    return tuple((feature.shape[2], feature.shape[3]) for feature in features)
 
 
 def _forward(launch: Launch) -> Work:
-    a, spec = launch.arguments, _spec(launch)
+    a = launch.arguments
     features = a["features"]
     boxes = boxes_of(a["num_images"], len(a["boxes"]))
-    rois = to_rois(boxes)
     row_bytes = a["C"] * features[0].itemsize
-    outputs = len(rois) * spec.pooled_height * spec.pooled_width * row_bytes
-    pixels, grids = 0, []
-    for rows, feature, scale in zip(select_boxes(rois, a["num_images"], spec), features, SCALES, strict=True):
-        pixels += _pixels_of_programs(rois[rows], feature, scale, spec, a["BINS"])
-        grids.append(_grid(rois[rows], scale, spec))
-    height, width = torch.cat(grids).unbind(1)
+    outputs = len(a["boxes"]) * a["PH"] * a["PW"] * row_bytes
+    moved = Inputs(features, boxes, STRIDES).bytes("forward", outputs)
+    covered = moved - outputs - sum(box.nbytes for box in boxes)
+    settings = (a["PH"], a["PW"], a["RATIO"], a["ALIGNED"])
+    pixels, grid = _sampled(a["num_images"], len(a["boxes"]), _sizes(features), settings, a["BINS"])
+    height, width = grid.unbind(1)
     trips: Trips = {}
     longest: Trips = {}
-    if spec.sampling_ratio == 0:
+    if a["RATIO"] == 0:
         trips = {"i": float(height.mean()), "j": float((height * width).mean() / height.mean())}
         most = int((height * width).argmax())
         longest = {"i": float(height[most]), "j": float(width[most])}
     return Work(
-        hbm_bytes=Inputs(features, boxes, STRIDES).bytes("forward", outputs),
+        hbm_bytes=moved,
         l2_bytes=pixels * row_bytes + outputs + launch.programs * BOX_BYTES,
         trips=trips,
         longest=longest,
+        shared_bytes=covered,
+        reread_bytes=pixels * row_bytes - covered,
     )
 
 
-def _pixels_of_programs(rois: Tensor, feature: Tensor, scale: float, spec: RoIAlignSpec, bins: int) -> int:
-    """Pixels of a level that programs of `bins` bins of a box read, those of each program counted once."""
-    images, _, height, width = feature.shape
-    samples = sample_boxes(rois, Level(images, height, width, scale, spec))
-    per_box = spec.pooled_height * spec.pooled_width
-    box, bin = samples.bin // per_box, samples.bin % per_box
-    program = box * -(-per_box // bins) + bin // bins
-    return len((program[:, None] * (images * height * width) + samples.pixel).unique())
+@lru_cache
+def _sampled(
+    images: int, count: int, sizes: tuple[tuple[int, int], ...], settings: tuple[int, int, int, bool], bins: int
+) -> tuple[int, Tensor]:
+    """Pixels that programs of `bins` bins of a box read, and the sizes of the boxes' grids, `[K, 2]`.
+
+    The pixels of a program are counted once: several bins share them.
+    """
+    pooled_height, pooled_width, ratio, aligned = settings
+    spec = RoIAlignSpec(pooled_height, pooled_width, SCALES, ratio, aligned, "mean")
+    rois = to_rois(boxes_of(images, count))
+    pixels, grids = 0, []
+    for rows, (height, width), scale in zip(select_boxes(rois, images, spec), sizes, SCALES, strict=True):
+        samples = sample_boxes(rois[rows], Level(images, height, width, scale, spec))
+        per_box = pooled_height * pooled_width
+        box, bin = samples.bin // per_box, samples.bin % per_box
+        program = box * -(-per_box // bins) + bin // bins
+        pixels += len((program[:, None] * (images * height * width) + samples.pixel).unique())
+        grids.append(_grid(rois[rows], scale, spec))
+    return pixels, torch.cat(grids)
 
 
 def _grid(rois: Tensor, scale: float, spec: RoIAlignSpec) -> Tensor:
@@ -92,19 +106,19 @@ class _Reached:
         return high - low
 
 
-def _tiles(launch: Launch, sizes: Sequence[tuple[int, int]]) -> Iterator[tuple[Tensor, Tensor, _Reached, _Reached]]:
-    """RoIs `[K, 5]`, the sizes of their grids, and the tiles that they reach along y and x, of each level and image."""
+def _tiles(launch: Launch, spec: RoIAlignSpec) -> Iterator[tuple[Tensor, _Reached, _Reached]]:
+    """Of each level and image: the sizes of the boxes' grids, and the tiles that the boxes reach along y and x."""
     a = launch.arguments
     rois = to_rois(boxes_of(a["num_images"], a["num_boxes"]))
-    spec = RoIAlignSpec(a.get("PH", 7), a.get("PW", 7), SCALES, 2, a["ALIGNED"], "mean")
-    shift = 0.5 if a["ALIGNED"] else 0.0
+    shift = 0.5 if spec.aligned else 0.0
+    sizes = _sizes(a["outputs"])
     for rows, (height, width), scale in zip(select_boxes(rois, a["num_images"], spec), sizes, SCALES, strict=True):
         for image in range(a["num_images"]):
             of_image = rois[rows][rois[rows, 0] == image]
             x1, y1, x2, y2 = (of_image[:, 1:] * scale - shift).unbind(1)
-            along_y = _Reached(y1, y2, height, a["TILE"], a["ALIGNED"])
-            along_x = _Reached(x1, x2, width, a["TILE"], a["ALIGNED"])
-            yield of_image, _grid(of_image, scale, spec), along_y, along_x
+            along_y = _Reached(y1, y2, height, a["TILE"], spec.aligned)
+            along_x = _Reached(x1, x2, width, a["TILE"], spec.aligned)
+            yield _grid(of_image, scale, spec), along_y, along_x
 
 
 def _list(launch: Launch) -> Work:
@@ -118,19 +132,17 @@ def _list(launch: Launch) -> Work:
 
 
 def _backward(launch: Launch) -> Work:
-    a, spec = launch.arguments, _spec(launch)
+    a = launch.arguments
+    spec = RoIAlignSpec(a["PH"], a["PW"], SCALES, a["RATIO"], a["ALIGNED"], "mean")
     outputs = a["outputs"]
     boxes = boxes_of(a["num_images"], a["num_boxes"])
-    entries, most, products, rows, columns = 0.0, 0.0, 0.0, 0.0, 0.0
-    tiles = 0
-    for of_image, grid, along_y, along_x in _tiles(launch, [output.shape[2:] for output in outputs]):
-        del of_image
-        reached_y, reached_x = along_y.hit.float(), along_x.hit.float()
-        counts = reached_y @ reached_x.T
+    tiles, entries, most, products, rows, columns = 0, 0.0, 0.0, 0.0, 0.0, 0.0
+    for grid, along_y, along_x in _tiles(launch, spec):
+        reached_y, across = along_y.hit.float(), along_x.hit.sum(0)  # of each box: tiles of a row that it reaches
+        counts = reached_y @ along_x.hit.float().T
         tiles += counts.numel()
         entries += float(counts.sum())
         most = max(most, float(counts.max()))
-        across = reached_x.sum(0)
         products += float((reached_y * (along_y.bins(spec.pooled_height) / a["ROWS"]).ceil() * across).sum())
         rows += float((reached_y.sum(0) * across * grid[:, 0]).sum())
         columns += float((reached_y.sum(0) * across * grid[:, 1]).sum())
@@ -160,4 +172,10 @@ MODELS = {
     "_roi_align_forward_kernel": _forward,
 }
 BACKWARD = ("_list_boxes_kernel", "_roi_align_backward_kernel")
-TARGETS: Sequence[Target] = ()
+FORWARD = ("_roi_align_forward_kernel",)
+TARGETS = (
+    Target("1000 RoIs 7x7, torchvision, bfloat16", FORWARD, 50),
+    Target("1000 RoIs 7x7, detectron2, bfloat16", FORWARD, 105),
+    Target("100 RoIs 14x14, torchvision, bfloat16", FORWARD, 20),
+    Target("1024 RoIs 7x7, torchvision, bfloat16", BACKWARD, 150),
+)

@@ -83,8 +83,9 @@ class Work:
     # copies in the machine code, in its order: of two calls of a function, or of an unrolled loop and its remainder.
     trips: Trips = field(default_factory=dict)
     branches: Mapping[str, float] = field(default_factory=dict)  # by the start of a condition: how often it holds
-    refetched_bytes: float = 0  # moved again, where L2 cannot hold what programs share
     longest: Trips = field(default_factory=dict)  # trips of the program that takes longest, where they differ
+    shared_bytes: float = 0  # distinct bytes that programs read in no order, and so again
+    reread_bytes: float = 0  # how many they read beyond these: from HBM in so far as L2 does not hold the shared bytes
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,6 @@ class Variant(NamedTuple):
 
     kernel: str
     binary: CompiledKernel
-    cases: list[str]
     launches: dict[str, list[Launch]]  # by case
 
 
@@ -120,16 +119,14 @@ def compile_workloads(architecture: str, declared: Mapping[str, Operator]) -> li
     """Every variant that the declared workloads launch."""
     target = TARGETS[architecture]
     variants: dict[str, Variant] = {}
-    case = ""
+    launched: list[tuple[CompiledKernel, Launch]] = []
     launch_or_compile = JITFunction.run
 
     def compile_only(kernel: JITFunction, *args: Any, grid: tuple[int, ...], **options: Any) -> CompiledKernel:
         binary = launch_or_compile(kernel, *args, grid=grid, **options | {"warmup": True})
         assert isinstance(binary, CompiledKernel)
-        name = kernel.fn.__name__
         arguments = dict(zip(kernel.arg_names, args, strict=False)) | options
-        variant = variants.setdefault(binary.hash, Variant(name, binary, [], {}))
-        variant.launches.setdefault(case, []).append(Launch(name, math.prod(grid), arguments))
+        launched.append((binary, Launch(kernel.fn.__name__, math.prod(grid), arguments)))
         return binary
 
     with (
@@ -139,9 +136,11 @@ def compile_workloads(architecture: str, declared: Mapping[str, Operator]) -> li
     ):
         for operator in declared.values():
             for case, call in operator.compile_cases.items():
+                launched.clear()
                 call().run()
-    for variant in variants.values():
-        variant.cases.extend(variant.launches)
+                for binary, launch in launched:
+                    variant = variants.setdefault(binary.hash, Variant(launch.kernel, binary, {}))
+                    variant.launches.setdefault(case, []).append(launch)
     return list(variants.values())
 
 
@@ -214,7 +213,7 @@ def measure(architecture: str, declared: Mapping[str, Operator]) -> list[Row]:
 def _row(
     architecture: str, variant: Variant, code: Code, counts: Mapping[str, int], declared: Mapping[str, Operator]
 ) -> Row:
-    kernel, binary, cases, launches = variant
+    kernel, binary, launches = variant
     backend: Backend = "hip" if TARGETS[architecture].backend == "hip" else "cuda"
     limits = {name: limit for operator in declared.values() for name, limit in operator.limits.items()}
     shape = counts["registers"], binary.metadata.shared, binary.metadata.num_warps
@@ -222,12 +221,12 @@ def _row(
     fences = [fence for operator in declared.values() for fence in operator.fences if fence.kernel == kernel]
     models = [
         model(kernel, case, launches[case], code, shape, declared, devices())
-        for case in (cases if architecture == ARCHITECTURE else [])
+        for case in (launches if architecture == ARCHITECTURE else ())
     ]
     return Row(
         architecture=architecture,
         kernel=kernel,
-        cases=tuple(cases),
+        cases=tuple(launches),
         limit=limits.get(kernel, {}).get(backend, Limit(registers=0)),
         shared=binary.metadata.shared,
         warps=binary.metadata.num_warps,
@@ -293,9 +292,7 @@ def section(architecture: str, rows: list[Row]) -> str:
     lines = [list(table[0]), ["---", "---", *["--:"] * (len(table[0]) - 2)], *(row.values() for row in table)]
     models = [part for row in rows for part in row.modelled]
     sections = [model_section(device, models) for device in devices()] if models else []
-    return "\n".join(
-        [f"## {architecture}\n", *(f"| {' | '.join(map(str, line))} |" for line in lines), "", *sections]
-    )
+    return "\n".join([f"## {architecture}\n", *(f"| {' | '.join(map(str, line))} |" for line in lines), "", *sections])
 
 
 def document(sections: list[str]) -> str:
@@ -305,9 +302,16 @@ def document(sections: list[str]) -> str:
 Written by `{COMMAND}` with triton {triton.__version__}, without a GPU, and checked by
 `tests/test_compile.py`, which also holds every row to its budget and allows no spills, stack or atomics.
 
-Registers and stack (bytes) are per thread, shared memory (bytes) is per program. Loads and stores are those
-of global memory, 128-bit ones before the slash and narrower ones after it. Instructions are counted as they
-stand in the code; "matrix" are those of the tensor cores.
+Registers are per thread, shared memory (bytes) is per program. Occupancy is the fraction of a multiprocessor's warps
+that registers and shared memory let be resident. Instructions are counted as they stand in the code; "loops" has
+those of each loop, and in brackets those of the loops that it contains. Slow paths are calls of divisions and roots for
+operands such as denormal numbers; what they call is not counted. Loads and stores are those of global memory, 128-bit
+ones before the slash and narrower ones after it; "matrix" are those of the tensor cores.
+
+A model says how long the binaries for sm_90 take on a device, in microseconds, and what bounds them, without
+running them: "instructions" are those that a warp executes with the boxes of the benchmark, in the mean. Time is the
+largest of issue, L2, HBM and latency, and the launch; the floor is the time of the bytes that any implementation has
+to move. `benchmarks/reporting/static_model.py` has the formulas, `hardware.py` beside it the rates and their sources.
 """
     return "\n".join([title, *sections])
 

@@ -34,7 +34,7 @@ class Instruction:
 
     @property
     def is_slow_call(self) -> bool:
-        """Whether it calls code beside the kernel: the slow path of an operation, which ordinary operands do not take."""
+        """Whether it calls code beside the kernel: a slow path, which ordinary operands do not take."""
         return self.name == "CALL" and self.target is not None and self.target.startswith("$")
 
 

@@ -2,8 +2,8 @@
 
 Every path through the machine code, from the store to a load, must pass a barrier of the program. On NVIDIA a barrier
 orders accesses to memory. On gfx942 only those do that LLVM's code has between a release and an acquire: it may move
-accesses past the others. In the machine code such a fence leaves nothing but the barrier, because the waves of a program
-share an in-order path to their L1 (LLVM's User Guide for AMDGPU, "Memory Model gfx942", without tgsplit).
+accesses past the others. In the machine code nothing but the barrier is left of such a fence, because the waves of a
+program share an L1 that is accessed in order (LLVM's User Guide for AMDGPU, "Memory Model gfx942", without tgsplit).
 """
 
 from __future__ import annotations

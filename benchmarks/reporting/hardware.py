@@ -1,4 +1,4 @@
-"""What the static model knows about devices: rates, occupancy, and the cost of instructions. Each figure has its source.
+"""What the static model knows about devices: rates, occupancy, and the cost of instructions, with their sources.
 
 A rate is an assumption until a run on that device is committed: the bandwidth of a copy then replaces the table's.
 """
@@ -20,13 +20,14 @@ class Device:
     multiprocessors: int  # NVIDIA H100 Tensor Core GPU Architecture (white paper), SXM5; the H200 has the same chip
     clock_ghz: float  # under load, an assumption: the boost clock of the PCIe board; SXM boards boost to 1.98
     l2_tb_s: float  # between L2 and the multiprocessors; a guess, to be measured
+    l2_mb: float  # H100: data sheet; H200: as the device reports it
     hbm_tb_s: float  # measured: device copy, bytes read plus bytes written
     launch_us: float = 2.2  # of a kernel in a CUDA graph; a guess, to be measured
 
 
 DEVICES = (
-    Device("H100", multiprocessors=132, clock_ghz=1.755, l2_tb_s=5.5, hbm_tb_s=3.0),
-    Device("H200", multiprocessors=132, clock_ghz=1.755, l2_tb_s=5.5, hbm_tb_s=4.3),
+    Device("H100", multiprocessors=132, clock_ghz=1.755, l2_tb_s=5.5, l2_mb=50, hbm_tb_s=3.0),
+    Device("H200", multiprocessors=132, clock_ghz=1.755, l2_tb_s=5.5, l2_mb=60, hbm_tb_s=4.3),
 )
 
 SCHEDULERS = 4  # of a multiprocessor; each issues one instruction of a warp in a cycle
@@ -34,15 +35,13 @@ SCHEDULERS = 4  # of a multiprocessor; each issues one instruction of a warp in 
 
 def devices(folder: Path = results.FOLDER) -> list[Device]:
     """The table's devices, with the bandwidth of the runs that are committed."""
-    measured: dict[str, float] = {}
-    for path in sorted(folder.glob("*.json")):
-        for section in results.load(path).values():
-            if not section.run.quick:
-                measured[section.run.device] = section.run.copy_gb_s / 1000
-    return [
-        replace(device, hbm_tb_s=next((rate for name, rate in measured.items() if device.name in name), device.hbm_tb_s))
-        for device in DEVICES
-    ]
+    runs = [section.run for path in sorted(folder.glob("*.json")) for section in results.load(path).values()]
+    measured = {run.device: run.copy_gb_s / 1000 for run in runs if not run.quick}
+    found = []
+    for device in DEVICES:
+        rates = [rate for name, rate in measured.items() if device.name in name]
+        found.append(replace(device, hbm_tb_s=rates[0]) if rates else device)
+    return found
 
 
 @dataclass(frozen=True)
@@ -58,8 +57,8 @@ class Capacity:
     shared_unit: int  # bytes
 
 
-# CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; the steps are those of NVIDIA's occupancy
-# calculator. gfx942: AMD Instinct MI300 Instruction Set Architecture Guide, and LLVM's User Guide for AMDGPU.
+# CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; the steps are those of NVIDIA's
+# occupancy calculator. gfx942: AMD Instinct MI300 Instruction Set Architecture Guide, and LLVM's User Guide for AMDGPU.
 _HOPPER = Capacity(64, 32, 65536, 8, 228 * 1024, 1024, 128)
 CAPACITY = {
     "sm_80": Capacity(64, 32, 65536, 8, 164 * 1024, 1024, 128),
@@ -141,9 +140,9 @@ def _matrix_cycles(opcode: str) -> float:
     return m * n * k / rate
 
 
-# Cycles from issue until the result of an instruction of variable latency can be used. Memory: Luo et al., "Benchmarking
-# and Dissecting the Nvidia Hopper GPU Architecture" (arXiv:2402.13499), an H100's hit in L2 and its shared memory.
-# Others: rounded guesses.
+# Cycles from issue until the result of an instruction of variable latency can be used. Memory: Luo et al.,
+# "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture" (arXiv:2402.13499), an H100's hit in L2 and its
+# shared memory. Others: rounded guesses.
 LATENCIES = {
     "LDG": 263, "LD": 263, "ATOM": 263, "ATOMG": 263, "LDGSTS": 263, "LDGDEPBAR": 263,
     "LDS": 29, "LDSM": 33, "SHFL": 24, "LDC": 40, "LDCU": 40, "ULDC": 0, "S2R": 30, "S2UR": 30,

@@ -80,24 +80,24 @@ def missed_targets(modelled: Sequence[Modelled], declared: Mapping[str, Operator
             continue
         total = sum(part.times[TARGET_DEVICE].total for part in parts)
         if total > target.microseconds:
-            kernels = " + ".join(target.kernels)
-            sentences.append(f"{kernels} ({target.case}): {total:.1f} us on {TARGET_DEVICE}, at most {target.microseconds:g}")
+            where = f"{' + '.join(target.kernels)} ({target.case})"
+            sentences.append(f"{where}: {total:.1f} us on {TARGET_DEVICE}, at most {target.microseconds:g}")
     return sentences
 
 
 def model_section(device: Device, modelled: Sequence[Modelled]) -> str:
     """One device's part of the document."""
-    rates = (
+    rates = (  # of which a measurement may replace some
         f"{device.multiprocessors} multiprocessors at {device.clock_ghz} GHz, L2 {device.l2_tb_s} TB/s, "
         f"HBM {device.hbm_tb_s:.3g} TB/s, launch {device.launch_us} us."
     )
-    header = ["kernel", "case", "programs", "instructions", "issue", "L2", "HBM", "latency", "time", "floor", "ratio", "bound"]
-    lines = [header, ["---", "---", *["--:"] * (len(header) - 3), "---"]]
+    figures = ("programs", "instructions", "issue", "L2", "HBM", "latency", "time", "floor", "ratio")
+    lines = [["kernel", "case", *figures, "bound"], ["---", "---", *["--:"] * len(figures), "---"]]
     for part in modelled:
         moment = part.times[device.name]
         ratio = f"{moment.total / moment.floor:.1f}" if moment.floor >= _NEGLIGIBLE_FLOOR else ""
         programs = f"{part.programs}" + f" in {part.launches}" * (part.launches > 1)
         micros = (moment.issue, moment.l2, moment.hbm, moment.latency, moment.total, moment.floor)
-        figures = [f"{part.instructions:.0f}", *(f"{micro:.1f}" for micro in micros), ratio, moment.bound]
-        lines.append([f"`{part.kernel}`", part.case, programs, *figures])
+        cells = [programs, f"{part.instructions:.0f}", *(f"{micro:.1f}" for micro in micros), ratio]
+        lines.append([f"`{part.kernel}`", part.case, *cells, moment.bound])
     return "\n".join([f"## Model: {device.name}\n", f"{rates}\n", *(f"| {' | '.join(line)} |" for line in lines), ""])

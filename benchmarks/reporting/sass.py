@@ -71,5 +71,3 @@ def _instruction(predicate: str | None, opcode: str, operands: str, upper: int, 
         reads=None if read == _NO_SCOREBOARD else read,
         waits=tuple(waits),
     )
-
-

@@ -1,8 +1,8 @@
 """From the machine code of a kernel to the loops and branches of its source, by the line of each instruction.
 
-A loop is named after its variable: the target of a `for`, or the first name in the condition of a `while`. In a function
-that the kernel calls, the function's name comes first: `suppressed_by_kept.first`. A branch is named by its condition:
-`if word * 64 < last`. `tl.static_range` is unrolled, so its loops are not in the machine code.
+A loop is named after its variable: the target of a `for`, or the first name in the condition of a `while`. In a
+function that the kernel calls, the function's name comes first: `suppressed_by_kept.first`. A branch is named by its
+condition: `if word * 64 < last`. `tl.static_range` is unrolled, so its loops are not in the machine code.
 """
 
 from __future__ import annotations

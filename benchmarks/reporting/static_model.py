@@ -6,10 +6,11 @@ Executed instructions: each basic block runs as often as its loops iterate (`Wor
     issue    programs * warps * cycles / (multiprocessors * 4 * clock); cycles is the larger of the instructions that a
              warp executes, one a cycle, and the cycles for which they occupy the busiest unit of a scheduler
     L2       bytes that programs request / bandwidth of L2
-    HBM      bytes that have to move, and those that move again / bandwidth of a copy
+    HBM      bytes that have to move, and those that L2 cannot hold until they are read again / bandwidth of a copy
     latency  of a warp alone: cycles from its first to its last instruction, with the stalls that the compiler encoded
-             and the latency of loads (from L2) and other instructions that a later one waits for. Programs run in
-             programs / (multiprocessors * resident programs) turns, at least one; the longest program takes no less.
+             and the latency of loads (from L2, although some hit L1) and of other instructions that a later one waits
+             for. Programs run in programs / (multiprocessors * resident programs) turns, at least one. The longest
+             program (`Work.longest`, all branches that are ever taken) bounds it too.
     time     the largest of the four, and the launch
 
 These are bounds: a kernel that is limited by two of them at once takes longer than either says.
@@ -17,11 +18,12 @@ These are bounds: a kernel that is limited by two of them at once takes longer t
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from benchmarks.harness.operators import Launch, Trips, Work
+from benchmarks.reporting.control_flow import Code, Instruction
 from benchmarks.reporting.hardware import (
     BARRIER,
     LATENCIES,
@@ -32,7 +34,6 @@ from benchmarks.reporting.hardware import (
     Device,
     occupied,
 )
-from benchmarks.reporting.control_flow import Code, Instruction
 from benchmarks.reporting.source_map import branch_of, loop_names, taken_first
 
 _NEVER = 1e-9  # iterations of a loop that does not run: what follows it still runs
@@ -80,8 +81,9 @@ def executed(code: Code, kernel: str, work: Work) -> Executed:
         ModelError: a loop of the machine code has no trips, or a declared loop or branch is not in the machine code.
     """
     mean = frequencies(code, kernel, work.trips, work.branches)
-    longest = frequencies(code, kernel, {**work.trips, **work.longest}, work.branches) if work.longest else mean
-    cycles: Counter[str] = Counter()
+    always = {name: share for name, share in work.branches.items() if share in (0.0, 1.0)}
+    longest = frequencies(code, kernel, {**work.trips, **work.longest}, always)
+    cycles: defaultdict[str, float] = defaultdict(float)
     for block, frequency in zip(code.blocks, mean, strict=True):
         for instruction in block:
             unit, occupies = occupied(instruction.opcode)
@@ -113,14 +115,15 @@ def time(device: Device, launch: Launch, warps: int, resident: int, work: Work, 
     latency = max(turns * run.latency_cycles, run.longest_cycles) / cycles_per_us
     l2 = work.l2_bytes / device.l2_tb_s / 1e6
     floor = work.hbm_bytes / device.hbm_tb_s / 1e6
-    hbm = (work.hbm_bytes + work.refetched_bytes) / device.hbm_tb_s / 1e6
+    missing = max(0.0, 1 - device.l2_mb * 1e6 / work.shared_bytes) if work.shared_bytes else 0.0
+    hbm = (work.hbm_bytes + missing * work.reread_bytes) / device.hbm_tb_s / 1e6
     return Time(issue, l2, hbm, latency, max(issue, l2, hbm, latency) + device.launch_us, floor)
 
 
-def frequencies(code: Code, kernel: str, trips: Trips, branches: dict[str, float] | object) -> list[float]:
+def frequencies(code: Code, kernel: str, trips: Trips, branches: Mapping[str, float]) -> list[float]:
     """How often a warp executes each block."""
     iterations = [max(count, _NEVER) for count in _iterations(loop_names(code, kernel), trips)]
-    probability = _probabilities(code, dict(branches))  # pyright: ignore
+    probability = _probabilities(code, branches)
 
     def leaving(block: int, following: int) -> float:
         """The fraction of a block's executions after which its loops are left."""
@@ -156,7 +159,7 @@ def _iterations(names: Sequence[str], trips: Trips) -> list[float]:
     return [next(remaining[name]) for name in names]
 
 
-def _probabilities(code: Code, branches: dict[str, float]) -> dict[tuple[int, int], float]:
+def _probabilities(code: Code, branches: Mapping[str, float]) -> dict[tuple[int, int], float]:
     """How often each edge of the graph is taken when its block is executed."""
     result = {(block, successor): 1.0 for block, all_ in enumerate(code.successors) for successor in all_}
     unused = set(branches)
@@ -204,5 +207,9 @@ def _issue(instruction: Instruction, now: float, ready: list[float]) -> float:
         ready[instruction.writes] = max(ready[instruction.writes], now + latency)
     if instruction.reads is not None:
         ready[instruction.reads] = max(ready[instruction.reads], now + OPERANDS_READ)
-    extra = BARRIER if instruction.name == "BAR" else MATRIX_WAIT if instruction.opcode.startswith("WARPGROUP.DEPBAR") else 0
+    extra = 0
+    if instruction.name == "BAR":
+        extra = BARRIER
+    elif instruction.opcode.startswith("WARPGROUP.DEPBAR"):
+        extra = MATRIX_WAIT
     return now + max(instruction.stall, 1) + extra
