@@ -101,7 +101,7 @@ def _round_up(value: int, unit: int) -> int:
 # Opcodes by the unit of a scheduler that executes them, and the cycles for which an instruction of a warp occupies it:
 # 32 lanes over a quarter of the results per cycle and multiprocessor in the CUDA C++ Programming Guide, "Arithmetic
 # Instructions", compute capability 9.0. Loads and stores of up to 32 bits; wider ones take as many times longer.
-# Opcodes that are not listed go to "alu".
+# Opcodes that are not listed go to "alu", or to "uniform" if they begin with U.
 UNITS: dict[str, tuple[float, str]] = {
     "fma": (1, "FADD FMUL FFMA HADD2 HMUL2 HFMA2"),
     "integer multiply": (2, "IMAD IMUL"),
@@ -111,6 +111,7 @@ UNITS: dict[str, tuple[float, str]] = {
     "control": (0, "BRA BSSY BSYNC CALL RET EXIT BAR WARPSYNC BREAK DEPBAR LDGDEPBAR WARPGROUP ERRBAR MEMBAR"),
     "matrix": (0, "HMMA HGMMA"),
     "alu": (2, ""),
+    "uniform": (2, ""),
 }
 _UNIT_OF = {opcode: unit for unit, (_, opcodes) in UNITS.items() for opcode in opcodes.split()}
 # Multiply-adds a cycle of a scheduler's tensor core: the white paper's 989 dense TFLOP/s at 1.83 GHz.
@@ -120,7 +121,7 @@ _MATRIX_RATE = {"BF16": 512, "F16": 512, "TF32": 256}
 def occupied(opcode: str) -> tuple[str, float]:
     """The unit that executes an opcode, and for how many cycles."""
     name = opcode.split(".")[0]
-    unit = _UNIT_OF.get(name, "alu")
+    unit = _UNIT_OF.get(name, "uniform" if name.startswith("U") else "alu")
     if unit == "matrix":
         return unit, _matrix_cycles(opcode)
     cycles, _ = UNITS[unit]
