@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from benchmarks.harness.operators import Fence, Launch, Target, Work
+from benchmarks.harness.operators import Fence, Launch, ModelTarget, Work
 from benchmarks.harness.workloads import candidates, detections
 from fastmask.kernels.nms.bit_matrix import MAX_CHUNK_ROWS
 
@@ -152,6 +152,6 @@ MODELS = {
     "suppression_bits_kernel": _bits,
 }
 BIT_MATRIX = ("scan_bits_kernel", "suppression_bits_kernel")
-TARGETS = (Target("NMS of 5x1000", BIT_MATRIX, 52), Target("NMS of 5x2000", BIT_MATRIX, 80))
+TARGETS = (ModelTarget("NMS of 5x1000", BIT_MATRIX, 52), ModelTarget("NMS of 5x2000", BIT_MATRIX, 80))
 # A block reads the boxes that earlier blocks kept: other threads stored their indices.
 FENCES = (Fence("scan_boxes_kernel", store="indices + place", load="kept + position"),)

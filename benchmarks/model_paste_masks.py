@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks.harness.operators import Launch, Target, Trips, Work
+from benchmarks.harness.operators import Launch, ModelTarget, Trips, Work
 from benchmarks.harness.workloads import objects
 from fastmask.kernels.paste_masks import CONVENTIONS, _span
 
@@ -54,5 +54,5 @@ def _paste(launch: Launch) -> Work:
 
 MODELS = {"_paste_masks_kernel": _paste}
 TARGETS = tuple(
-    Target(f"100 masks 28x28, {convention}, bool", ("_paste_masks_kernel",), 40) for convention in CONVENTIONS
+    ModelTarget(f"100 masks 28x28, {convention}, bool", ("_paste_masks_kernel",), 40) for convention in CONVENTIONS
 )

@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from benchmarks.harness.operators import Launch, Target, Trips, Work
+from benchmarks.harness.operators import Launch, ModelTarget, Trips, Work
 from benchmarks.harness.pooling import Inputs
 from benchmarks.harness.workloads import STRIDES, objects
 from fastmask.kernels.roi_align.geometry import Level, sample_boxes, select_boxes
@@ -174,8 +174,8 @@ MODELS = {
 BACKWARD = ("_list_boxes_kernel", "_roi_align_backward_kernel")
 FORWARD = ("_roi_align_forward_kernel",)
 TARGETS = (
-    Target("1000 RoIs 7x7, torchvision, bfloat16", FORWARD, 50),
-    Target("1000 RoIs 7x7, detectron2, bfloat16", FORWARD, 105),
-    Target("100 RoIs 14x14, torchvision, bfloat16", FORWARD, 20),
-    Target("1024 RoIs 7x7, torchvision, bfloat16", BACKWARD, 150),
+    ModelTarget("1000 RoIs 7x7, torchvision, bfloat16", FORWARD, 50),
+    ModelTarget("1000 RoIs 7x7, detectron2, bfloat16", FORWARD, 105),
+    ModelTarget("100 RoIs 14x14, torchvision, bfloat16", FORWARD, 20),
+    ModelTarget("1024 RoIs 7x7, torchvision, bfloat16", BACKWARD, 150),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks.harness.operators import Launch, Target, Work
+from benchmarks.harness.operators import Launch, ModelTarget, Work
 from benchmarks.harness.pooling import Inputs
 from benchmarks.harness.workloads import C4, objects
 from fastmask.kernels.roi_pool.geometry import bin_spans, quantise
@@ -70,4 +70,4 @@ def _backward(launch: Launch) -> Work:
 
 MODELS = {"_roi_pool_backward_kernel": _backward, "_roi_pool_kernel": _forward}
 CASE = "512 RoIs 7x7, 1024 channels, bfloat16"
-TARGETS = (Target(CASE, ("_roi_pool_kernel",), 130), Target(CASE, ("_roi_pool_backward_kernel",), 260))
+TARGETS = (ModelTarget(CASE, ("_roi_pool_kernel",), 130), ModelTarget(CASE, ("_roi_pool_backward_kernel",), 260))

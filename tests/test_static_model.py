@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from benchmarks.harness.operators import Call, Launch, Operator, Target, Work
+from benchmarks.harness.operators import Call, Launch, ModelTarget, Operator, Work
 from benchmarks.reporting import hardware, static_model
 from benchmarks.reporting.compile_report import measure, section, violations
 from benchmarks.reporting.control_flow import Instruction, graph
@@ -205,7 +205,7 @@ def operators(work, target=1000.0, kernel="_rare_kernel"):
             {},
             lambda _, __: None,
             models={kernel: lambda launch: work(launch)},
-            targets=(Target("case", ("_rare_kernel",), target),),
+            targets=(ModelTarget("case", ("_rare_kernel",), target),),
         )
     }
 
@@ -244,7 +244,10 @@ def test_a_model_is_part_of_the_report():
     [
         (operators(rare(1.0)), None),
         (operators(rare(1.0), target=0.5), r"_rare_kernel \(case\): \d+\.\d us on H200, at most 0\.5"),
-        (operators(rare(1.0), kernel="other"), r"_rare_kernel \(case\): its operator declares models, but none of this"),
+        (
+            operators(rare(1.0), kernel="other"),
+            r"_rare_kernel \(case\): its operator declares models, but none of this",
+        ),
         (operators(lambda _: Work(0, 0)), r"_rare_kernel \(case\): the machine code has the loops i, and .* for none"),
         (
             operators(lambda _: Work(0, 0, trips={"i": 1.0}, branches={"if gone": 0.5})),

@@ -89,7 +89,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Target:
+class ModelTarget:
     """The most microseconds that the static model may give the kernels of a case on an H200."""
 
     case: str
@@ -128,7 +128,7 @@ class Operator:
     # By name: (device), asserts that a small call of one variant of the kernels agrees with torchvision or an oracle.
     variants: Mapping[str, Callable[[str], None]] = field(default_factory=dict)
     models: Mapping[str, Callable[[Launch], Work]] = field(default_factory=dict)  # by the kernel's name
-    targets: Sequence[Target] = ()
+    targets: Sequence[ModelTarget] = ()
     fences: Sequence[Fence] = ()
 
 
