@@ -179,6 +179,19 @@ def test_latency_counts_stalls_and_waits():
     assert run.latency_cycles == latency + 5 + 3 + (1 + hardware.BARRIER) + 5
 
 
+def test_a_loop_waits_for_the_loads_of_its_previous_iteration(monkeypatch):
+    instructions = [
+        plain("LDG.E", writes=0),
+        plain(waits=(0,), stall=4),  # loop:
+        plain("LDG.E", writes=0, stall=2),
+        plain("BRA", "loop", conditional=True, stall=5),
+        plain("EXIT"),
+    ]
+    monkeypatch.setattr(static_model, "loop_names", lambda *_: ["loop"])
+    run = executed(graph(instructions, {"loop": 1}), "kernel", Work(0, 0, trips={"loop": 10}))
+    assert run.latency_cycles == 1 + 10 * (hardware.LATENCIES["LDG"] + 4) + 1
+
+
 @jit(do_not_specialize=["size"])
 def _rare_kernel(source, target, size, BLOCK: tl.constexpr):
     lane = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

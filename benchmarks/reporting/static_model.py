@@ -186,16 +186,31 @@ def _probabilities(code: Code, branches: Mapping[str, float]) -> dict[tuple[int,
 
 
 def _block_latencies(code: Code, frequency: Sequence[float]) -> list[float]:
-    """Cycles of each block for a warp alone, whose blocks run in the order of the code."""
+    """Cycles of each block for a warp alone, whose blocks run in the order of the code.
+
+    A loop runs twice and its second iteration counts: it waits for loads of the first, not for those before the loop.
+    """
     now = 0.0
     ready = [0.0] * 6  # when each scoreboard is clear
-    cycles = []
-    for block, executions in zip(code.blocks, frequency, strict=True):
-        begin = now
-        if executions > _NEVER:
-            for instruction in block:
-                now = _issue(instruction, now, ready)
-        cycles.append(now - begin)
+    cycles = [0.0] * len(code.blocks)
+
+    def run(blocks: frozenset[int]) -> None:
+        nonlocal now
+        loops = [loop for loop in code.loops if loop.blocks < blocks]
+        outermost = [loop for loop in loops if not any(loop.blocks < other.blocks for other in loops)]
+        nested = frozenset[int]().union(*(loop.blocks for loop in outermost))
+        for block in sorted(blocks):
+            for loop in outermost:
+                if loop.header == block:
+                    run(loop.blocks)
+                    run(loop.blocks)
+            if block not in nested and frequency[block] > _NEVER:
+                begin = now
+                for instruction in code.blocks[block]:
+                    now = _issue(instruction, now, ready)
+                cycles[block] = now - begin
+
+    run(frozenset(range(len(code.blocks))))
     return cycles
 
 
