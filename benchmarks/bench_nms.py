@@ -17,13 +17,22 @@ import torchvision
 from torch import Tensor
 
 import fastmask
+from benchmarks import model_nms
 from benchmarks.harness import operators
 from benchmarks.harness.checks import parameters
 from benchmarks.harness.comparison import CaseOptions, Comparison, Work
 from benchmarks.harness.machine import PEERS, peer
 from benchmarks.harness.pooling import torchvision_provider
 from benchmarks.harness.timing import Implementation
-from benchmarks.harness.workloads import ADVERSARIAL, DTYPES, candidates, disjoint, generator
+from benchmarks.harness.workloads import (
+    ADVERSARIAL,
+    CLASSES,
+    DTYPES,
+    candidates,
+    detections,
+    disjoint,
+    generator,
+)
 from benchmarks.reporting.results import FASTMASK
 from fastmask.kernels.nms import bit_matrix, forward
 from fastmask.kernels.nms.reference import nms_reference
@@ -31,7 +40,7 @@ from tests.oracles.nms import assert_same_indices, greedy_nms_padded
 
 IOU_FLOPS = 13  # 4 extrema, 2 differences, 2 clamps, 3 for the union, a product, a comparison
 LEVELS = 5  # P2 to P6
-CLASSES, DETECTIONS, SCORE = 80, 100, 0.05  # of COCO; §3.1
+DETECTIONS, SCORE = 100, 0.05  # §3.1
 
 
 def work(tensors: Sequence[Tensor], kept: Sequence[int], dropped: int) -> Work:
@@ -142,13 +151,7 @@ def bench_rpn(comparison, count, images):
 
 def bench_classes(comparison):
     """The best 100 detections of 1000 proposals in 80 classes, above a score of 0.05."""
-    proposals, _ = candidates(1000)
-    noise = torch.randn(1000 * CLASSES, 4, generator=generator(2)) * 2
-    boxes = (proposals.repeat_interleave(CLASSES, 0) + noise).clamp(min=0).to(comparison.device)
-    boxes[:, 2:] = boxes[:, 2:].maximum(boxes[:, :2] + 1)
-    logits = torch.randn(1000, CLASSES, generator=generator(3)) * 2
-    scores = logits.softmax(1).flatten().to(comparison.device)
-    classes = torch.arange(CLASSES, device=comparison.device).repeat(1000)
+    boxes, scores, classes = (tensor.to(comparison.device) for tensor in detections())
 
     def fastmask_nms() -> Tensor:
         indices, _ = fastmask.nms_padded(
@@ -255,4 +258,7 @@ OPERATOR = operators.Operator(
         "suppression_bits_kernel": {"cuda": operators.Limit(32), "hip": operators.Limit(24)},
     },
     check_random=_check_random,
+    models=model_nms.MODELS,
+    targets=model_nms.TARGETS,
+    fences=model_nms.FENCES,
 )

@@ -16,6 +16,7 @@ from torch import Tensor
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 import fastmask
+from benchmarks import model_paste_masks
 from benchmarks.harness import operators
 from benchmarks.harness.checks import parameters
 from benchmarks.harness.comparison import CaseOptions, Comparison
@@ -210,4 +211,6 @@ OPERATOR = operators.Operator(
         "_paste_masks_kernel": {"cuda": operators.Limit(80, wide_stores=True), "hip": operators.Limit(56)},
     },
     check_random=_check_random,
+    models=model_paste_masks.MODELS,
+    targets=model_paste_masks.TARGETS,
 )

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import fastmask
+from benchmarks import model_roi_align
 from benchmarks.harness.checks import parameters
 from benchmarks.harness.comparison import CaseOptions, Comparison, Target
 from benchmarks.harness.machine import PEERS, peer
@@ -335,4 +336,6 @@ OPERATOR = Operator(
     check_random=_check_random,
     check_large=partial(check_large_map, fastmask.roi_align),
     variants=roi_align_box_gradient.VARIANTS,
+    models=model_roi_align.MODELS,
+    targets=model_roi_align.TARGETS,
 )

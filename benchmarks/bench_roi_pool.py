@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import fastmask
+from benchmarks import model_roi_pool
 from benchmarks.harness.checks import parameters
 from benchmarks.harness.comparison import CaseOptions, Comparison
 from benchmarks.harness.machine import PEERS, peer
@@ -142,4 +143,6 @@ OPERATOR = Operator(
     },
     check_random=_check_random,
     check_large=partial(check_large_map, fastmask.roi_pool),
+    models=model_roi_pool.MODELS,
+    targets=model_roi_pool.TARGETS,
 )

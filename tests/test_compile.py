@@ -97,7 +97,7 @@ CLEAN = Row(
     architecture="sm_90",
     kernel="kernel",
     cases=("case",),
-    limit=Limit(64, wide_loads=True, wide_stores=True),
+    limit=Limit(64, wide_loads=True, wide_stores=True, slow_paths=1, occupancy=0.5),
     registers=64,
     spills=0,
     stack=0,
@@ -111,6 +111,10 @@ CLEAN = Row(
     barriers=0,
     shuffles=0,
     matrix=0,
+    occupancy=0.5,
+    instructions=100,
+    loops="20 (10)",
+    slow_paths=1,
 )
 
 
@@ -128,6 +132,12 @@ CLEAN = Row(
         ({"atomics": 2}, ["kernel (case) on sm_90: 2 atomics, whose order is not deterministic"]),
         ({"wide_loads": 0, "narrow_loads": 8}, ["kernel (case) on sm_90: no 128-bit load, 8 narrower"]),
         ({"wide_stores": 0, "narrow_stores": 8}, ["kernel (case) on sm_90: no 128-bit store, 8 narrower"]),
+        ({"slow_paths": 2}, ["kernel (case) on sm_90: 2 slow paths, budget 1"]),
+        ({"slow_paths": 2, "limit": Limit(64)}, []),
+        ({"occupancy": 0.25}, ["kernel (case) on sm_90: occupancy 25%, at least 50%"]),
+        ({"occupancy": 0.25, "limit": Limit(64)}, []),
+        ({"unfenced": ("no barrier",)}, ["kernel (case) on sm_90: no barrier"]),
+        ({"unmodelled": ("kernel (case): no loop",)}, ["kernel (case): no loop"]),
         ({"kernel": "other"}, ["kernel: has limits, but no compile case launches it"]),
     ],
 )

@@ -10,7 +10,7 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -45,15 +45,65 @@ class Call:
 
 @dataclass(frozen=True)
 class Limit:
-    """A register budget, and whether the design promises 128-bit accesses to global memory.
+    """What a kernel may need, and whether the design promises 128-bit accesses to global memory.
 
-    A budget is what the kernel's largest variant needs, rounded up to the 8 registers that hardware allocates. All
-    NVIDIA architectures share a limit. 16 bytes per thread are promised for warps of 32.
+    A register budget is what the kernel's largest variant needs, rounded up to the 8 registers that hardware allocates.
+    All NVIDIA architectures share a limit. 16 bytes per thread are promised for warps of 32.
     """
 
     registers: int
     wide_loads: bool = False
     wide_stores: bool = False
+    slow_paths: int | None = None  # of divisions and roots, on NVIDIA's architectures; None allows any number
+    occupancy: float = 0.0  # the fraction of a multiprocessor's warps that must be resident
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A launch of a kernel by a compile case."""
+
+    kernel: str
+    programs: int
+    arguments: Mapping[str, Any]  # of the kernel, by name; tensors have no memory
+
+
+Trips: TypeAlias = Mapping[str, float | tuple[float, ...]]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one launch of a kernel does with the benchmark's inputs, for the static model.
+
+    Loops and branches have the names of `reporting/source_map.py`. Every loop of the machine code needs its trips.
+    """
+
+    hbm_bytes: float  # that have to move: each input read once, each output written once
+    l2_bytes: float  # of 32-byte sectors that programs request; what a program reads again is in L1
+    # By loop: the mean number of iterations each time that it is reached. A tuple has a number for each of several
+    # copies in the machine code, in its order: of two calls of a function, or of an unrolled loop and its remainder.
+    trips: Trips = field(default_factory=dict)
+    branches: Mapping[str, float] = field(default_factory=dict)  # by the start of a condition: how often it holds
+    longest: Trips = field(default_factory=dict)  # trips of the program that takes longest, where they differ
+    shared_bytes: float = 0  # distinct bytes that programs read in no order, and so again
+    reread_bytes: float = 0  # how many they read beyond these: from HBM in so far as L2 does not hold the shared bytes
+
+
+@dataclass(frozen=True)
+class ModelTarget:
+    """The most microseconds that the static model may give the kernels of a case on an H200."""
+
+    case: str
+    kernels: tuple[str, ...]
+    microseconds: float
+
+
+@dataclass(frozen=True)
+class Fence:
+    """A barrier that must be between a store and the loads of a kernel that read what other threads stored."""
+
+    kernel: str
+    store: str  # part of the store's line in the source
+    load: str  # part of the load's line
 
 
 class Draw(Protocol):
@@ -77,6 +127,9 @@ class Operator:
     check_large: Callable[[str], None] | None = None  # (device): asserts that more than 2^31 elements work
     # By name: (device), asserts that a small call of one variant of the kernels agrees with torchvision or an oracle.
     variants: Mapping[str, Callable[[str], None]] = field(default_factory=dict)
+    models: Mapping[str, Callable[[Launch], Work]] = field(default_factory=dict)  # by the kernel's name
+    targets: Sequence[ModelTarget] = ()
+    fences: Sequence[Fence] = ()
 
 
 def operators() -> dict[str, Operator]:

@@ -20,6 +20,7 @@ from torch import Tensor
 IMAGE = (800, 1344)  # §3.1, padded to a multiple of 32
 STRIDES = (4, 8, 16, 32)  # P2 to P5
 CHANNELS = 256
+CLASSES = 80  # of COCO
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -117,6 +118,16 @@ def candidates(count: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
     scores = (torch.randn(count, generator=g) * 2 - 2).sigmoid()
     order = torch.randperm(count, generator=g)
     return boxes[order], scores
+
+
+def detections() -> tuple[Tensor, Tensor, Tensor]:
+    """Boxes `[N, 4]`, scores and classes `[N]` of 1000 proposals in each class, before NMS."""
+    proposals, _ = candidates(1000)
+    noise = torch.randn(1000 * CLASSES, 4, generator=generator(2)) * 2
+    boxes = (proposals.repeat_interleave(CLASSES, 0) + noise).clamp(min=0)
+    boxes[:, 2:] = boxes[:, 2:].maximum(boxes[:, :2] + 1)
+    logits = torch.randn(1000, CLASSES, generator=generator(3)) * 2
+    return boxes, logits.softmax(1).flatten(), torch.arange(CLASSES).repeat(1000)
 
 
 def one_spot(count: int) -> Tensor:

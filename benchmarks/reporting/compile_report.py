@@ -11,6 +11,7 @@ pointers are specialised as 16-byte aligned, as are pointers from PyTorch's allo
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -30,7 +31,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
-from benchmarks.harness.operators import Backend, Limit, Operator, operators
+from benchmarks.harness.operators import Backend, Launch, Limit, Operator, operators
+from benchmarks.reporting import amdgcn, sass
+from benchmarks.reporting.control_flow import Code
+from benchmarks.reporting.fences import amd_barriers, is_nvidia_barrier, unfenced
+from benchmarks.reporting.hardware import devices, occupancy
+from benchmarks.reporting.model_report import ARCHITECTURE, Modelled, missed_targets, model, model_section
 from fastmask.kernels._runtime import LAUNCHERS
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "compile_report.md"
@@ -65,6 +71,21 @@ class Row:
     barriers: int
     shuffles: int
     matrix: int  # matrix-multiply instructions
+    occupancy: float  # the fraction of a multiprocessor's warps that are resident
+    instructions: int  # of the body, without the slow paths that it calls
+    loops: str  # instructions of each loop, the loops that it contains in brackets
+    slow_paths: int  # calls of slow paths of divisions and roots; none on gfx942
+    unfenced: tuple[str, ...] = ()  # what is wrong with the kernel's fences
+    modelled: tuple[Modelled, ...] = ()  # the static model of each case
+    unmodelled: tuple[str, ...] = ()  # what is wrong with its declarations
+
+
+class Variant(NamedTuple):
+    """A compiled kernel, and what launches it."""
+
+    kernel: str
+    binary: CompiledKernel
+    launches: dict[str, list[Launch]]  # by case
 
 
 class _Driver:
@@ -94,19 +115,18 @@ def _meta_tensors_to_launchers() -> Iterator[None]:
         library._destroy()
 
 
-def compile_workloads(
-    architecture: str, declared: Mapping[str, Operator]
-) -> list[tuple[str, CompiledKernel, list[str]]]:
-    """Kernel name, binary and cases of every variant that the declared workloads launch."""
+def compile_workloads(architecture: str, declared: Mapping[str, Operator]) -> list[Variant]:
+    """Every variant that the declared workloads launch."""
     target = TARGETS[architecture]
-    variants: dict[str, tuple[str, CompiledKernel, list[str]]] = {}
-    launched: dict[str, tuple[str, CompiledKernel]] = {}
+    variants: dict[str, Variant] = {}
+    launched: list[tuple[CompiledKernel, Launch]] = []
     launch_or_compile = JITFunction.run
 
-    def compile_only(kernel: JITFunction, *args: Any, **options: Any) -> CompiledKernel:
-        binary = launch_or_compile(kernel, *args, **options | {"warmup": True})
+    def compile_only(kernel: JITFunction, *args: Any, grid: tuple[int, ...], **options: Any) -> CompiledKernel:
+        binary = launch_or_compile(kernel, *args, grid=grid, **options | {"warmup": True})
         assert isinstance(binary, CompiledKernel)
-        launched[binary.hash] = kernel.fn.__name__, binary
+        arguments = dict(zip(kernel.arg_names, args, strict=False)) | options
+        launched.append((binary, Launch(kernel.fn.__name__, math.prod(grid), arguments)))
         return binary
 
     with (
@@ -118,8 +138,9 @@ def compile_workloads(
             for case, call in operator.compile_cases.items():
                 launched.clear()
                 call().run()
-                for key, (name, binary) in launched.items():
-                    variants.setdefault(key, (name, binary, []))[2].append(case)
+                for binary, launch in launched:
+                    variant = variants.setdefault(binary.hash, Variant(launch.kernel, binary, {}))
+                    variant.launches.setdefault(case, []).append(launch)
     return list(variants.values())
 
 
@@ -131,15 +152,15 @@ def _count(opcodes: Counter[str], pattern: str) -> int:
     return sum(count for opcode, count in opcodes.items() if re.match(pattern, opcode))
 
 
-def _measure_nvidia(binary: CompiledKernel) -> dict[str, int]:
+def _measure_nvidia(binary: CompiledKernel) -> tuple[Code, dict[str, int]]:
     cubin = next(str(path) for name, path in binary.metadata_group.items() if name.endswith(".cubin"))
     usage = _run(knobs.nvidia.cuobjdump.path, "-res-usage", cubin)
     used = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    sass = _run(knobs.nvidia.nvdisasm.path, "-c", cubin)
-    opcodes = Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass, re.M))
+    text = _run(knobs.nvidia.nvdisasm.path, *sass.DISASSEMBLE, cubin)
+    opcodes = Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", text, re.M))
     loads, stores = r"LD(G|GSTS)?\b", r"STG?\b"  # LDGSTS goes straight to shared memory
     wide_loads, wide_stores = (_count(opcodes, access + r".*\.(128|256)\b") for access in (loads, stores))
-    return {
+    return sass.parse(text), {
         "registers": used["REG"],
         "spills": _count(opcodes, r"(LDL|STL)\b"),
         "stack": used["STACK"] + used["LOCAL"],
@@ -155,13 +176,13 @@ def _measure_nvidia(binary: CompiledKernel) -> dict[str, int]:
     }
 
 
-def _measure_amd(binary: CompiledKernel) -> dict[str, int]:
+def _measure_amd(binary: CompiledKernel) -> tuple[Code, dict[str, int]]:
     text = binary.asm["amdgcn"]
     used = {name: int(value) for name, value in re.findall(r"^\s+(?:- )?\.(\w+):\s+(\d+)$", text, re.M)}
     opcodes = Counter(re.findall(r"^\s+([a-z]+_\w+)", text, re.M))
     loads, stores = r"(global|buffer|flat)_load_", r"(global|buffer|flat)_store_"
     wide_loads, wide_stores = (_count(opcodes, access + r"(lds_)?dwordx4") for access in (loads, stores))
-    return {
+    return amdgcn.parse(text), {
         "registers": used["vgpr_count"],
         "spills": used["vgpr_spill_count"] + used["sgpr_spill_count"] + _count(opcodes, "scratch_"),
         "stack": used["private_segment_fixed_size"],
@@ -179,24 +200,45 @@ def _measure_amd(binary: CompiledKernel) -> dict[str, int]:
 def measure(architecture: str, declared: Mapping[str, Operator]) -> list[Row]:
     """Compile the declared workloads for one architecture and measure every variant."""
     variants = compile_workloads(architecture, declared)
-    backend: Backend = "hip" if TARGETS[architecture].backend == "hip" else "cuda"
-    figures = _measure_amd if backend == "hip" else _measure_nvidia
-    limits = {kernel: limit for operator in declared.values() for kernel, limit in operator.limits.items()}
+    figures = _measure_amd if TARGETS[architecture].backend == "hip" else _measure_nvidia
     with ThreadPoolExecutor() as pool:  # the disassembler is another process
-        counted = pool.map(figures, [binary for _, binary, _ in variants])
+        measured = list(pool.map(figures, [variant.binary for variant in variants]))
     rows = [
-        Row(
-            architecture=architecture,
-            kernel=kernel,
-            cases=tuple(cases),
-            limit=limits.get(kernel, {}).get(backend, Limit(registers=0)),
-            shared=binary.metadata.shared,
-            warps=binary.metadata.num_warps,
-            **counts,
-        )
-        for (kernel, binary, cases), counts in zip(variants, counted, strict=True)
+        _row(architecture, variant, code, counts, declared)
+        for variant, (code, counts) in zip(variants, measured, strict=True)
     ]
     return sorted(rows, key=lambda row: row.kernel)
+
+
+def _row(
+    architecture: str, variant: Variant, code: Code, counts: Mapping[str, int], declared: Mapping[str, Operator]
+) -> Row:
+    kernel, binary, launches = variant
+    backend: Backend = "hip" if TARGETS[architecture].backend == "hip" else "cuda"
+    limits = {name: limit for operator in declared.values() for name, limit in operator.limits.items()}
+    shape = counts["registers"], binary.metadata.shared, binary.metadata.num_warps
+    orders_memory = is_nvidia_barrier if backend == "cuda" else amd_barriers(binary.asm["llir"])
+    fences = [fence for operator in declared.values() for fence in operator.fences if fence.kernel == kernel]
+    models = [
+        model(kernel, case, launches[case], code, shape, declared, devices())
+        for case in (launches if architecture == ARCHITECTURE else ())
+    ]
+    return Row(
+        architecture=architecture,
+        kernel=kernel,
+        cases=tuple(launches),
+        limit=limits.get(kernel, {}).get(backend, Limit(registers=0)),
+        shared=binary.metadata.shared,
+        warps=binary.metadata.num_warps,
+        occupancy=occupancy(architecture, *shape),
+        instructions=code.size,
+        loops=code.nested_sizes,
+        slow_paths=code.slow_paths,
+        unfenced=tuple(wrong for fence in fences if (wrong := unfenced(code, fence, orders_memory))),
+        modelled=tuple(part for part in models if isinstance(part, Modelled)),
+        unmodelled=tuple(part for part in models if isinstance(part, str)),
+        **counts,
+    )
 
 
 def violations(rows: list[Row], declared: Mapping[str, Operator]) -> list[str]:
@@ -210,9 +252,16 @@ def violations(rows: list[Row], declared: Mapping[str, Operator]) -> list[str]:
             f"{row.atomics} atomics, whose order is not deterministic": row.atomics,
             f"no 128-bit load, {row.narrow_loads} narrower": limit.wide_loads and not row.wide_loads,
             f"no 128-bit store, {row.narrow_stores} narrower": limit.wide_stores and not row.wide_stores,
+            f"{row.slow_paths} slow paths, budget {limit.slow_paths}": row.slow_paths > (limit.slow_paths or 0)
+            and limit.slow_paths is not None,
+            f"occupancy {row.occupancy:.0%}, at least {limit.occupancy:.0%}": row.occupancy < limit.occupancy,
+            **dict.fromkeys(row.unfenced, True),
         }
         where = f"{row.kernel} ({'; '.join(row.cases)}) on {row.architecture}"
         sentences += [f"{where}: {what}" for what, is_broken in broken.items() if is_broken]
+        sentences += row.unmodelled
+    if any(row.architecture == ARCHITECTURE for row in rows):
+        sentences += missed_targets([part for row in rows for part in row.modelled], declared)
     limited = {kernel for operator in declared.values() for kernel in operator.limits}
     unused = sorted(limited - {row.kernel for row in rows})
     return sentences + [f"{kernel}: has limits, but no compile case launches it" for kernel in unused]
@@ -226,13 +275,14 @@ def section(architecture: str, rows: list[Row]) -> str:
             "case": "<br>".join(row.cases),
             "registers": row.registers,
             "budget": row.limit.registers,
-            "spills": row.spills,
-            "stack": row.stack,
             "shared": row.shared,
             "warps": row.warps,
+            "occupancy": f"{row.occupancy:.0%}",
+            "instructions": row.instructions,
+            "loops": row.loops,
+            "slow paths": row.slow_paths,
             "loads": f"{row.wide_loads}/{row.narrow_loads}",
             "stores": f"{row.wide_stores}/{row.narrow_stores}",
-            "atomics": row.atomics,
             "barriers": row.barriers,
             "shuffles": row.shuffles,
             "matrix": row.matrix,
@@ -240,7 +290,9 @@ def section(architecture: str, rows: list[Row]) -> str:
         for row in rows
     ]
     lines = [list(table[0]), ["---", "---", *["--:"] * (len(table[0]) - 2)], *(row.values() for row in table)]
-    return "\n".join([f"## {architecture}\n", *(f"| {' | '.join(map(str, line))} |" for line in lines), ""])
+    models = [part for row in rows for part in row.modelled]
+    sections = [model_section(device, models) for device in devices()] if models else []
+    return "\n".join([f"## {architecture}\n", *(f"| {' | '.join(map(str, line))} |" for line in lines), "", *sections])
 
 
 def document(sections: list[str]) -> str:
@@ -250,9 +302,16 @@ def document(sections: list[str]) -> str:
 Written by `{COMMAND}` with triton {triton.__version__}, without a GPU, and checked by
 `tests/test_compile.py`, which also holds every row to its budget and allows no spills, stack or atomics.
 
-Registers and stack (bytes) are per thread, shared memory (bytes) is per program. Loads and stores are those
-of global memory, 128-bit ones before the slash and narrower ones after it. Instructions are counted as they
-stand in the code; "matrix" are those of the tensor cores.
+Registers are per thread, shared memory (bytes) is per program. Occupancy is the fraction of a multiprocessor's warps
+that registers and shared memory let be resident. Instructions are counted as they stand in the code; "loops" has
+those of each loop, and in brackets those of the loops that it contains. Slow paths are calls of divisions and roots for
+operands such as denormal numbers; what they call is not counted. Loads and stores are those of global memory, 128-bit
+ones before the slash and narrower ones after it; "matrix" are those of the tensor cores.
+
+A model says how long the binaries for sm_90 take on a device, in microseconds, and what bounds them, without
+running them: "instructions" are those that a warp executes with the boxes of the benchmark, in the mean. Time is the
+largest of issue, L2, HBM and latency, and the launch; the floor is the time of the bytes that any implementation has
+to move. `benchmarks/reporting/static_model.py` has the formulas, `hardware.py` beside it the rates and their sources.
 """
     return "\n".join([title, *sections])
 
