@@ -124,10 +124,10 @@ def _truncate(x):
 
 
 @jit()
-def _axis(start, end, size, M: tl.constexpr, PADDING: tl.constexpr, COMPUTE: tl.constexpr):
-    """The map u = (x + 1/2 - start) * scale - 1/2 - PADDING along one axis, and the range of pixels it reaches.
+def _axis(start, end, size, M: tl.constexpr, PADDING: tl.constexpr):
+    """The span along one axis that the mask is stretched over, and the range of pixels it reaches.
 
-    Returns start, scale and the pixels [first, last), which are none for an unusable box.
+    Returns start, end - start and the pixels [first, last), which are none for an unusable box.
     """
     usable = (tl.abs(start) < 2.0**31) & (tl.abs(end) < 2.0**31)
     start, end = tl.where(usable, start, 0.0), tl.where(usable, end, 0.0)
@@ -139,10 +139,47 @@ def _axis(start, end, size, M: tl.constexpr, PADDING: tl.constexpr, COMPUTE: tl.
     first = tl.minimum(tl.maximum(tl.floor(start - reach), 0.0), size)
     last = tl.minimum(tl.maximum(tl.ceil(end + reach), 0.0), size)
     last = tl.where(usable, last, 0.0)
-    start, end = start.to(COMPUTE), end.to(COMPUTE)
-    extent = tl.where(usable, tl.maximum(end - start, 1e-30), 1.0)  # so that no scale is infinite
-    mask_pixels = tl.full((), M + 2 * PADDING, COMPUTE)
-    return start, divide(mask_pixels, extent), first.to(tl.int32), last.to(tl.int32)
+    return start, end, first.to(tl.int32), last.to(tl.int32)
+
+
+@jit()
+def _scale(start, end, M: tl.constexpr, PADDING: tl.constexpr, COMPUTE: tl.constexpr):
+    """Mask pixels per image pixel, along one axis of a box that reaches the image."""
+    extent = tl.maximum(end.to(COMPUTE) - start.to(COMPUTE), 1e-30)  # so that no scale is infinite
+    return divide(tl.full((), M + 2 * PADDING, COMPUTE), extent)
+
+
+@jit()
+def _mask_coordinate(pixel, start, scale, M: tl.constexpr, PADDING: tl.constexpr):
+    """u at the centre of a pixel, as its floor and the fraction; no mask pixel lies beyond [-1, M]."""
+    u = tl.fma(pixel.to(start.dtype) + 0.5 - start, scale, -0.5 - PADDING)
+    u = tl.minimum(tl.maximum(u, -1.0), M)
+    floor = tl.floor(u)
+    return floor.to(tl.int32), u - floor
+
+
+@jit()
+def _store_vectors(out, begin, pixels, first, words, selected):
+    """Store selected vectors of 16 bytes that begin at pixels `first` of a mask, without what lies outside the mask.
+
+    `begin` is the mask's first element of `out`.
+    """
+    BITS: tl.constexpr = out.dtype.element_ty.primitive_bitwidth
+    WORD_BITS: tl.constexpr = words.dtype.primitive_bitwidth
+    PER_WORD: tl.constexpr = WORD_BITS // BITS
+    PER_VECTOR: tl.constexpr = 128 // BITS
+    WORDS: tl.constexpr = 128 // WORD_BITS
+
+    word = tl.arange(0, WORDS)[None, :]
+    whole = (first >= 0) & (first <= pixels - PER_VECTOR)
+    vector = ((begin + first) // PER_VECTOR)[:, None]  # a multiple, so that a thread stores 16 bytes at once
+    tl.store(out.to(tl.pointer_type(words.dtype)) + vector * WORDS + word, words, mask=(selected & whole)[:, None])
+    partial = selected & ~whole
+    if tl.max(partial.to(tl.int32), 0) > 0:
+        for i in range(PER_WORD):
+            pixel = first[:, None] + word * PER_WORD + i
+            inside = partial[:, None] & (pixel >= 0) & (pixel < pixels)
+            tl.store(out + begin + pixel, (words >> (i * BITS)).to(out.dtype.element_ty), mask=inside)
 
 
 @jit(do_not_specialize=["programs_per_mask", "height", "width", "threshold_bits"])
@@ -157,78 +194,105 @@ def _paste_masks_kernel(
     M: tl.constexpr,
     PADDING: tl.constexpr,
     PROBABILITIES: tl.constexpr,
-    BITS: tl.constexpr,  # of an output
-    WORDS: tl.constexpr,  # in a tile, of 32 bits, or of 64 for outputs of 64
+    VECTORS: tl.constexpr,  # of 16 bytes, in a tile
     TILES: tl.constexpr,  # of a program
     COMPUTE: tl.constexpr,
 ):
-    # Tiles are aligned runs of the output in memory order. A program fills up to TILES of the tiles that overlap
-    # one mask. The first and the last of a mask are shared with its neighbours, and only the mask's part is written.
+    # Vectors are aligned runs of 16 bytes of the output in memory order. The programs of a mask fill the vectors that
+    # its box does not touch, each program those of up to TILES aligned tiles. They divide the vectors that the box
+    # touches evenly among themselves, so that no thread is idle, wherever the box lies. The first and the last vector
+    # of a mask are shared with its neighbours, and only the mask's part is written.
     element = out.dtype.element_ty
-    word_type = tl.uint64 if BITS == 64 else tl.uint32
+    BITS: tl.constexpr = element.primitive_bitwidth
+    PER_VECTOR: tl.constexpr = 128 // BITS
     PER_WORD: tl.constexpr = (BITS + 31) // BITS
-    TILE_SIZE: tl.constexpr = WORDS * PER_WORD
+    WORDS: tl.constexpr = PER_VECTOR // PER_WORD
+    TILE_SIZE: tl.constexpr = VECTORS * PER_VECTOR
+    word_type = tl.uint64 if BITS == 64 else tl.uint32
 
     n = tl.program_id(0) // programs_per_mask
+    program = tl.program_id(0) - n * programs_per_mask
     pixels = height * width
     begin = n.to(tl.int64) * pixels
-    tile = begin // TILE_SIZE + (tl.program_id(0) - n * programs_per_mask) * TILES
-    last_tile = tl.minimum(tile + TILES, (begin + pixels - 1) // TILE_SIZE + 1)
+    skew = (begin % TILE_SIZE).to(tl.int32)  # pixels of the mask are counted from its first, tiles start before it
 
     box = boxes + n.to(tl.int64) * 4
     x1, y1, x2, y2 = tl.load(box), tl.load(box + 1), tl.load(box + 2), tl.load(box + 3)
-    x_start, x_scale, left, right = _axis(x1, x2, width.to(x1.dtype), M, PADDING, COMPUTE)
-    y_start, y_scale, top, bottom = _axis(y1, y2, height.to(y1.dtype), M, PADDING, COMPUTE)
-    bottom = tl.where(left < right, bottom, top)
-    mask = masks + n.to(tl.int64) * (M * M)
+    x1, x2, left, right = _axis(x1, x2, width.to(x1.dtype), M, PADDING)
+    y1, y2, top, bottom = _axis(y1, y2, height.to(y1.dtype), M, PADDING)
+    rows = tl.where(left < right, tl.maximum(bottom - top, 0), 0)
+    bottom = top + rows
     threshold = float_of(threshold_bits, COMPUTE)
     unreached = ((threshold <= 0) & (not PROBABILITIES)).to(word_type)
 
+    empty = tl.full((VECTORS, WORDS), unreached * 0x01010101, word_type)
+    tile = program * TILES
+    last_tile = tl.minimum(tile + TILES, (skew + pixels - 1) // TILE_SIZE + 1)
     while tile < last_tile:
-        base = tile * TILE_SIZE
-        offset = (base - begin).to(tl.int32)
-        index = offset + tl.arange(0, WORDS) * PER_WORD
-        words = tl.full((WORDS,), unreached * 0x01010101, word_type)
-        if (offset + TILE_SIZE > top * width + left) & (offset < bottom * width):
-            # The rows whose part of the box begins before the tile's end, and ends beyond its start.
-            y = tl.maximum(top, (offset + width - right) // width)
-            end = tl.minimum(bottom, (offset + TILE_SIZE - 1 - left) // width + 1)
-            while y < end:
-                v = tl.fma(y.to(COMPUTE) + 0.5 - y_start, y_scale, -0.5 - PADDING)
-                v = tl.minimum(tl.maximum(v, -1.0), M)  # no mask pixel lies beyond either
-                r = tl.floor(v)
-                upper_weight = tl.where((r >= 0) & (r < M), 1 - (v - r), 0.0)
-                lower_weight = tl.where(r < M - 1, v - r, 0.0)
-                upper_row = mask + tl.minimum(tl.maximum(r, 0.0), M - 1).to(tl.int32) * M
-                lower_row = mask + tl.minimum(r + 1, M - 1).to(tl.int32) * M
-                x = index - y * width
-                # One element of every word at a time: all 16 of a thread at once take 170 registers.
+        offset = tile * TILE_SIZE - skew
+        first = offset + tl.arange(0, VECTORS) * PER_VECTOR
+        outside = (offset + TILE_SIZE <= top * width + left) | (offset >= bottom * width)
+        if outside & (offset >= 0) & (offset + TILE_SIZE <= pixels):
+            vector = (begin + offset) // TILE_SIZE * VECTORS + tl.arange(0, VECTORS)
+            word = tl.arange(0, WORDS)[None, :]
+            tl.store(out.to(tl.pointer_type(word_type)) + vector[:, None] * WORDS + word, empty)
+        else:
+            # The last row whose part of the box begins before the vector's end.
+            y = (first + (PER_VECTOR - 1 - left) + width).to(tl.uint32) // width.to(tl.uint32)
+            y = tl.minimum(y.to(tl.int32), bottom) - 1
+            touched = (y >= top) & (y * width + right > first)
+            _store_vectors(out, begin, pixels, first, empty, ~touched)
+        tile += 1
+
+    per_row = (right - left + PER_VECTOR - 2) // PER_VECTOR + 1  # vectors that a row of the box touches, at most
+    total = per_row * rows
+    share = (total + programs_per_mask * VECTORS - 1) // (programs_per_mask * VECTORS) * VECTORS
+    item = program * share
+    last_item = tl.minimum(item + share, total)
+    if item < last_item:
+        x_start, x_scale = x1.to(COMPUTE), _scale(x1, x2, M, PADDING, COMPUTE)
+        y_start, y_scale = y1.to(COMPUTE), _scale(y1, y2, M, PADDING, COMPUTE)
+        mask = masks + n.to(tl.int64) * (M * M)
+        while item < last_item:
+            index = tl.minimum(item + tl.arange(0, VECTORS), last_item - 1)
+            row = (index.to(tl.uint32) // per_row.to(tl.uint32)).to(tl.int32)
+            y = top + row
+            line = y * width
+            first = ((line + left + skew) // PER_VECTOR + (index - row * per_row)) * PER_VECTOR - skew
+            selected = (item + tl.arange(0, VECTORS) < last_item) & (first < line + right)
+            selected &= (row == 0) | (first > line - width + right - 1)  # else it belongs to the row above
+            words = empty
+            remaining = 1
+            while remaining > 0:  # once, unless a vector reaches from the right side of the box to its left side
+                r, dv = _mask_coordinate(y, y_start, y_scale, M, PADDING)
+                upper_weight = tl.where((r >= 0) & (r < M), 1 - dv, 0.0)[:, None]
+                lower_weight = tl.where(r < M - 1, dv, 0.0)[:, None]
+                upper_row = (tl.minimum(tl.maximum(r, 0), M - 1) * M)[:, None]
+                lower_row = (tl.minimum(r + 1, M - 1) * M)[:, None]
+                end = tl.where(y < bottom, right, left)[:, None]
+                x = (first - line)[:, None] + tl.arange(0, WORDS)[None, :] * PER_WORD
+                # One element of every word at a time: all 16 of a thread at once take more registers.
                 for i in range(PER_WORD):
-                    u = tl.fma(x.to(COMPUTE) + 0.5 - x_start, x_scale, -0.5 - PADDING)
-                    u = tl.minimum(tl.maximum(u, -1.0), M)
-                    floor = tl.floor(u)
-                    du, c = u - floor, floor.to(tl.int32)
+                    c, du = _mask_coordinate(x, x_start, x_scale, M, PADDING)
                     c0, c1 = (c >= 0) & (c < M), c < M - 1
-                    p00 = tl.load(upper_row + c, mask=c0, other=0.0).to(COMPUTE)
-                    p01 = tl.load(upper_row + c + 1, mask=c1, other=0.0).to(COMPUTE)
-                    p10 = tl.load(lower_row + c, mask=c0, other=0.0).to(COMPUTE)
-                    p11 = tl.load(lower_row + c + 1, mask=c1, other=0.0).to(COMPUTE)
+                    p00 = tl.load(mask + upper_row + c, mask=c0, other=0.0).to(COMPUTE)
+                    p01 = tl.load(mask + upper_row + c + 1, mask=c1, other=0.0).to(COMPUTE)
+                    p10 = tl.load(mask + lower_row + c, mask=c0, other=0.0).to(COMPUTE)
+                    p11 = tl.load(mask + lower_row + c + 1, mask=c1, other=0.0).to(COMPUTE)
                     upper, lower = tl.fma(du, p01 - p00, p00), tl.fma(du, p11 - p10, p10)
                     value = tl.fma(lower_weight, lower, upper_weight * upper)
                     if PROBABILITIES:
                         result = value.to(masks.dtype.element_ty).to(element, bitcast=True).to(word_type)
                     else:
                         result = (value >= threshold).to(word_type) ^ unreached
-                    words ^= tl.where((x >= left) & (x < right), result, 0) << (i * BITS)
+                    words ^= tl.where((x >= left) & (x < end), result, 0) << (i * BITS)
                     x += 1
                 y += 1
-        if (offset >= 0) & (offset + TILE_SIZE <= pixels):  # unmasked, so a thread stores 16 bytes at once
-            tl.store((out + base).to(tl.pointer_type(word_type)) + tl.arange(0, WORDS), words)
-        else:
-            for i in range(PER_WORD):
-                in_mask = (index + i >= 0) & (index + i < pixels)
-                tl.store(out + begin + index + i, (words >> (i * BITS)).to(element), mask=in_mask)
-        tile += 1
+                line += width
+                below = selected & (y < bottom) & (line + left < first + PER_VECTOR)
+                remaining = tl.max(below.to(tl.int32), 0)
+            _store_vectors(out, begin, pixels, first, words, selected)
+            item += VECTORS
 
 
 def _launch_paste_masks(masks: Tensor, boxes: Tensor, spec: PasteSpec) -> Tensor:
@@ -237,8 +301,8 @@ def _launch_paste_masks(masks: Tensor, boxes: Tensor, spec: PasteSpec) -> Tensor
     if not out.numel():
         return out
     integers = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32, 8: torch.uint64}[out.itemsize]
-    tile = NUM_WARPS * 32 * 16  # bytes
-    tiles = ceil_div(spec.height * spec.width - 1, tile // out.itemsize) + 1  # at most this many overlap a mask
+    vectors = NUM_WARPS * 32
+    tiles = ceil_div(spec.height * spec.width - 1, vectors * 16 // out.itemsize) + 1  # at most this many overlap a mask
     programs_per_mask = ceil_div(tiles, TILES_PER_PROGRAM)
     with on_device_of(masks):
         _paste_masks_kernel[(len(masks) * programs_per_mask,)](
@@ -252,8 +316,7 @@ def _launch_paste_masks(masks: Tensor, boxes: Tensor, spec: PasteSpec) -> Tensor
             M=masks.shape[-1],
             PADDING=int(spec.convention == "torchvision"),
             PROBABILITIES=spec.threshold is None,
-            BITS=8 * out.itemsize,
-            WORDS=tile // max(out.itemsize, 4),
+            VECTORS=vectors,
             TILES=TILES_PER_PROGRAM,
             COMPUTE=triton_dtype(masks.dtype),
             num_warps=NUM_WARPS,
