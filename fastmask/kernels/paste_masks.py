@@ -154,8 +154,8 @@ def _mask_coordinate(pixel, start, scale, M: tl.constexpr, PADDING: tl.constexpr
     """u at the centre of a pixel, as its floor and the fraction; no mask pixel lies beyond [-1, M]."""
     u = tl.fma(pixel.to(start.dtype) + 0.5 - start, scale, -0.5 - PADDING)
     u = tl.minimum(tl.maximum(u, -1.0), M)
-    floor = tl.floor(u)
-    return floor.to(tl.int32), u - floor
+    floor = tl.floor(u).to(tl.int32)
+    return floor, u - floor.to(u.dtype)
 
 
 @jit()
@@ -226,23 +226,24 @@ def _paste_masks_kernel(
     unreached = ((threshold <= 0) & (not PROBABILITIES)).to(word_type)
 
     empty = tl.full((VECTORS, WORDS), unreached * 0x01010101, word_type)
-    tile = program * TILES
-    last_tile = tl.minimum(tile + TILES, (skew + pixels - 1) // TILE_SIZE + 1)
-    while tile < last_tile:
-        offset = tile * TILE_SIZE - skew
-        first = offset + tl.arange(0, VECTORS) * PER_VECTOR
-        outside = (offset + TILE_SIZE <= top * width + left) | (offset >= bottom * width)
-        if outside & (offset >= 0) & (offset + TILE_SIZE <= pixels):
-            vector = (begin + offset) // TILE_SIZE * VECTORS + tl.arange(0, VECTORS)
-            word = tl.arange(0, WORDS)[None, :]
-            tl.store(out.to(tl.pointer_type(word_type)) + vector[:, None] * WORDS + word, empty)
-        else:
+    offset = program * (TILES * TILE_SIZE) - skew  # of the program's first tile; at most 2^30, as are all pixels
+    end = offset + TILES * TILE_SIZE
+    before, after = end <= top * width + left, offset >= bottom * width
+    if (before | after) & (offset >= 0) & (end <= pixels):
+        vector = (begin + offset) // TILE_SIZE * VECTORS + tl.arange(0, VECTORS)
+        word = out.to(tl.pointer_type(word_type)) + vector[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
+        for i in tl.static_range(TILES):
+            tl.store(word + i * (VECTORS * WORDS), empty)
+    else:
+        end = tl.minimum(end, pixels)
+        while offset < end:
+            first = offset + tl.arange(0, VECTORS) * PER_VECTOR
             # The last row whose part of the box begins before the vector's end.
             y = (first + (PER_VECTOR - 1 - left) + width).to(tl.uint32) // width.to(tl.uint32)
             y = tl.minimum(y.to(tl.int32), bottom) - 1
             touched = (y >= top) & (y * width + right > first)
             _store_vectors(out, begin, pixels, first, empty, ~touched)
-        tile += 1
+            offset += TILE_SIZE
 
     per_row = (right - left + PER_VECTOR - 2) // PER_VECTOR + 1  # vectors that a row of the box touches, at most
     total = per_row * rows
@@ -269,7 +270,7 @@ def _paste_masks_kernel(
                 lower_weight = tl.where(r < M - 1, dv, 0.0)[:, None]
                 upper_row = (tl.minimum(tl.maximum(r, 0), M - 1) * M)[:, None]
                 lower_row = (tl.minimum(r + 1, M - 1) * M)[:, None]
-                end = tl.where(y < bottom, right, left)[:, None]
+                x_end = tl.where(y < bottom, right, left)[:, None]
                 x = (first - line)[:, None] + tl.arange(0, WORDS)[None, :] * PER_WORD
                 # One element of every word at a time: all 16 of a thread at once take more registers.
                 for i in range(PER_WORD):
@@ -285,7 +286,7 @@ def _paste_masks_kernel(
                         result = value.to(masks.dtype.element_ty).to(element, bitcast=True).to(word_type)
                     else:
                         result = (value >= threshold).to(word_type) ^ unreached
-                    words ^= tl.where((x >= left) & (x < end), result, 0) << (i * BITS)
+                    words ^= tl.where((x >= left) & (x < x_end), result, 0) << (i * BITS)
                     x += 1
                 y += 1
                 line += width
