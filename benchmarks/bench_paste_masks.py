@@ -24,7 +24,7 @@ from benchmarks.harness.timing import Implementation
 from benchmarks.harness.workloads import ADVERSARIAL, DTYPES, generator, objects
 from benchmarks.reporting.results import FASTMASK
 from fastmask.kernels.paste_masks import CONVENTIONS, PasteSpec, paste_masks_reference
-from tests.oracles.paste_masks import ORACLES, assert_probabilities, draw_masks
+from tests.oracles.paste_masks import ORACLES, VARIANTS, assert_probabilities, draw_masks
 
 SIDE = 28
 IMAGE = (800, 1333)
@@ -210,4 +210,5 @@ OPERATOR = operators.Operator(
         "_paste_masks_kernel": {"cuda": operators.Limit(80, wide_stores=True), "hip": operators.Limit(56)},
     },
     check_random=_check_random,
+    variants=VARIANTS,
 )

@@ -39,6 +39,8 @@ LIBRARY = torch.library.Library("fastmask", "DEF")
 LAUNCHERS: dict[str, Callable[..., Any]] = {}  # by the operator's name: what runs on accelerators
 INTERPRETED: bool = triton is not None and triton.knobs.runtime.interpret
 
+_NO_DEVICE = nullcontext()
+
 Size: TypeAlias = int  # in a spec: a number that `torch.compile` may keep symbolic
 
 # From a spec field's annotation to its type in an operator's schema.
@@ -145,9 +147,8 @@ def overridable(function: Callable[P, T]) -> Callable[P, T]:
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
     """Make the tensor's device current: Triton launches on the current device, whatever its arguments."""
-    if tensor.device.type in ("cpu", "meta"):
-        return nullcontext()
-    return torch.accelerator.device_index(tensor.device.index)
+    index = tensor.get_device()  # -1 on the CPU and meta
+    return _NO_DEVICE if index < 0 else torch.accelerator.device_index(index)
 
 
 def ceil_div(numerator: int, denominator: int) -> int:

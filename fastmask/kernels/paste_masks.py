@@ -20,11 +20,13 @@ Deterministic: no atomics, one writer per element.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastmask.kernels._launch import Launch
 from fastmask.kernels._runtime import (
     Size,
     ceil_div,
@@ -55,6 +57,8 @@ REFERENCE_MASKS = 64
 # gfx942, no spills, one 128-bit store per thread and tile (64-bit on gfx942, which has 64 threads a warp).
 NUM_WARPS = 1
 TILES_PER_PROGRAM = 8
+
+_INTEGERS = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32, 8: torch.uint64}  # by bytes
 
 
 class PasteSpec(NamedTuple):
@@ -296,33 +300,40 @@ def _paste_masks_kernel(
             item += VECTORS
 
 
+@lru_cache(maxsize=1024)
+def _prepared(spec: PasteSpec, m: int, dtype: torch.dtype) -> tuple[int, Launch]:
+    """The number of programs for each mask, and the launch."""
+    size = dtype.itemsize if spec.threshold is None else 1
+    vectors = NUM_WARPS * 32
+    tiles = ceil_div(spec.height * spec.width - 1, vectors * 16 // size) + 1  # at most this many overlap a mask
+    programs_per_mask = ceil_div(tiles, TILES_PER_PROGRAM)
+    return programs_per_mask, Launch(
+        _paste_masks_kernel,
+        programs_per_mask,
+        spec.height,
+        spec.width,
+        float64_bits(spec.threshold or 0.0),
+        M=m,
+        PADDING=int(spec.convention == "torchvision"),
+        PROBABILITIES=spec.threshold is None,
+        VECTORS=vectors,
+        TILES=TILES_PER_PROGRAM,
+        COMPUTE=triton_dtype(dtype),
+        num_warps=NUM_WARPS,
+        enable_fp_fusion=False,
+    )
+
+
 def _launch_paste_masks(masks: Tensor, boxes: Tensor, spec: PasteSpec) -> Tensor:
+    n, m, _ = masks.shape
     dtype = masks.dtype if spec.threshold is None else torch.bool
-    out = torch.empty(len(masks), spec.height, spec.width, dtype=dtype, device=masks.device)
+    out = torch.empty((n, spec.height, spec.width), dtype=dtype, device=masks.device)
     if not out.numel():
         return out
-    integers = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32, 8: torch.uint64}[out.itemsize]
-    vectors = NUM_WARPS * 32
-    tiles = ceil_div(spec.height * spec.width - 1, vectors * 16 // out.itemsize) + 1  # at most this many overlap a mask
-    programs_per_mask = ceil_div(tiles, TILES_PER_PROGRAM)
+    programs_per_mask, launch = _prepared(spec, m, masks.dtype)
+    boxes = boxes if boxes.itemsize >= 4 else boxes.float()
     with on_device_of(masks):
-        _paste_masks_kernel[(len(masks) * programs_per_mask,)](
-            masks.contiguous(),
-            boxes.to(torch.promote_types(boxes.dtype, torch.float32)).contiguous(),
-            out.view(integers),
-            programs_per_mask,
-            spec.height,
-            spec.width,
-            float64_bits(spec.threshold or 0.0),
-            M=masks.shape[-1],
-            PADDING=int(spec.convention == "torchvision"),
-            PROBABILITIES=spec.threshold is None,
-            VECTORS=vectors,
-            TILES=TILES_PER_PROGRAM,
-            COMPUTE=triton_dtype(masks.dtype),
-            num_warps=NUM_WARPS,
-            enable_fp_fusion=False,
-        )
+        launch((n * programs_per_mask,), masks.contiguous(), boxes.contiguous(), out.view(_INTEGERS[out.itemsize]))
     return out
 
 
