@@ -51,10 +51,10 @@ MAX_PIXELS = 2**30
 # Masks whose weights, at most (H + W) * m each, the reference holds at a time.
 REFERENCE_MASKS = 64
 
-# A tile is 16 bytes for each thread of a warp: 512 booleans, 128 float32. 100 boxes with log-uniform sides of
-# 16..600 on 800 x 1333 cover 3% of the pixels and touch 11% of such tiles; with 2, 4 or 8 warps it would be
-# 18, 21 or 21%. Compiled for booleans from float32: 64 registers on sm_90 and sm_100, 80 on sm_80, 53 on
-# gfx942, no spills, one 128-bit store per thread and tile (64-bit on gfx942, which has 64 threads a warp).
+# A tile is a vector of 16 bytes for each thread of a warp: 512 booleans, 128 float32. 100 boxes of COCO's sizes at
+# 800 x 1333 touch vectors for 15,247 passes of a warp, 0.6 for each program and at most 9. Larger programs would amortize
+# the 150 instructions before the first store, but lengthen the longest chain. One warp needs no barrier to reduce.
+# Compiled: 64 registers on sm_80 and sm_90, 66 on sm_100, 57 on gfx942, no spills. Not yet measured on a GPU.
 NUM_WARPS = 1
 TILES_PER_PROGRAM = 8
 
@@ -129,10 +129,7 @@ def _truncate(x):
 
 @jit()
 def _axis(start, end, size, M: tl.constexpr, PADDING: tl.constexpr):
-    """The span along one axis that the mask is stretched over, and the range of pixels it reaches.
-
-    Returns start, end - start and the pixels [first, last), which are none for an unusable box.
-    """
+    """Along one axis: the span that the mask is stretched over, and the pixels [first, last) it reaches, if any."""
     usable = (tl.abs(start) < 2.0**31) & (tl.abs(end) < 2.0**31)
     start, end = tl.where(usable, start, 0.0), tl.where(usable, end, 0.0)
     if PADDING:
@@ -163,27 +160,50 @@ def _mask_coordinate(pixel, start, scale, M: tl.constexpr, PADDING: tl.constexpr
 
 
 @jit()
+def _words_of(out, vector, words):
+    """Pointers to the words of vectors of the output. Multiples, so that a thread stores 16 bytes at once."""
+    WORDS: tl.constexpr = words.shape[1]
+    return out.to(tl.pointer_type(words.dtype)) + vector[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
+
+
+@jit()
 def _store_vectors(out, begin, pixels, first, words, selected):
-    """Store selected vectors of 16 bytes that begin at pixels `first` of a mask, without what lies outside the mask.
-
-    `begin` is the mask's first element of `out`.
-    """
+    """Store selected vectors that begin at pixels `first` of the mask at `out + begin`, and nothing outside it."""
     BITS: tl.constexpr = out.dtype.element_ty.primitive_bitwidth
-    WORD_BITS: tl.constexpr = words.dtype.primitive_bitwidth
-    PER_WORD: tl.constexpr = WORD_BITS // BITS
+    PER_WORD: tl.constexpr = words.dtype.primitive_bitwidth // BITS
     PER_VECTOR: tl.constexpr = 128 // BITS
-    WORDS: tl.constexpr = 128 // WORD_BITS
-
-    word = tl.arange(0, WORDS)[None, :]
     whole = (first >= 0) & (first <= pixels - PER_VECTOR)
-    vector = ((begin + first) // PER_VECTOR)[:, None]  # a multiple, so that a thread stores 16 bytes at once
-    tl.store(out.to(tl.pointer_type(words.dtype)) + vector * WORDS + word, words, mask=(selected & whole)[:, None])
+    tl.store(_words_of(out, (begin + first) // PER_VECTOR, words), words, mask=(selected & whole)[:, None])
     partial = selected & ~whole
     if tl.max(partial.to(tl.int32), 0) > 0:
         for i in range(PER_WORD):
-            pixel = first[:, None] + word * PER_WORD + i
+            pixel = first[:, None] + tl.arange(0, words.shape[1])[None, :] * PER_WORD + i
             inside = partial[:, None] & (pixel >= 0) & (pixel < pixels)
             tl.store(out + begin + pixel, (words >> (i * BITS)).to(out.dtype.element_ty), mask=inside)
+
+
+@jit()
+def _fill(out, begin, pixels, width, left, top, right, bottom, offset, words, TILES: tl.constexpr):
+    """Store `words` in the vectors that the box does not touch, of the tiles that begin at pixel `offset` of a mask."""
+    PER_VECTOR: tl.constexpr = 128 // out.dtype.element_ty.primitive_bitwidth
+    VECTORS: tl.constexpr = words.shape[0]
+    TILE_SIZE: tl.constexpr = VECTORS * PER_VECTOR
+    end = offset + TILES * TILE_SIZE
+    before, after = end <= top * width + left, offset >= bottom * width
+    if (before | after) & (offset >= 0) & (end <= pixels):
+        word = _words_of(out, (begin + offset) // TILE_SIZE * VECTORS + tl.arange(0, VECTORS), words)
+        for i in tl.static_range(TILES):
+            tl.store(word + i * (VECTORS * words.shape[1]), words)
+    else:
+        end = tl.minimum(end, pixels)
+        while offset < end:
+            first = offset + tl.arange(0, VECTORS) * PER_VECTOR
+            # The last row whose part of the box begins before the vector's end. Unsigned: the sum may reach 2^31.
+            y = (first + (PER_VECTOR - 1 - left) + width).to(tl.uint32) // width.to(tl.uint32)
+            y = tl.minimum(y.to(tl.int32), bottom) - 1
+            touched = (y >= top) & (y * width + right > first)
+            _store_vectors(out, begin, pixels, first, words, ~touched)
+            offset += TILE_SIZE
 
 
 @jit(do_not_specialize=["programs_per_mask", "height", "width", "threshold_bits"])
@@ -202,12 +222,10 @@ def _paste_masks_kernel(
     TILES: tl.constexpr,  # of a program
     COMPUTE: tl.constexpr,
 ):
-    # Vectors are aligned runs of 16 bytes of the output in memory order. The programs of a mask fill the vectors that
-    # its box does not touch, each program those of up to TILES aligned tiles. They divide the vectors that the box
-    # touches evenly among themselves, so that no thread is idle, wherever the box lies. The first and the last vector
-    # of a mask are shared with its neighbours, and only the mask's part is written.
-    element = out.dtype.element_ty
-    BITS: tl.constexpr = element.primitive_bitwidth
+    # A vector is an aligned run of 16 bytes of the output in memory order. Each program of a mask fills those of up to
+    # TILES aligned tiles that the box does not touch. Those that the box touches are divided evenly among the programs:
+    # no thread is idle, wherever the box lies. Masks share their first and last vector with their neighbours.
+    BITS: tl.constexpr = out.dtype.element_ty.primitive_bitwidth
     PER_VECTOR: tl.constexpr = 128 // BITS
     PER_WORD: tl.constexpr = (BITS + 31) // BITS
     WORDS: tl.constexpr = PER_VECTOR // PER_WORD
@@ -230,24 +248,7 @@ def _paste_masks_kernel(
     unreached = ((threshold <= 0) & (not PROBABILITIES)).to(word_type)
 
     empty = tl.full((VECTORS, WORDS), unreached * 0x01010101, word_type)
-    offset = program * (TILES * TILE_SIZE) - skew  # of the program's first tile; at most 2^30, as are all pixels
-    end = offset + TILES * TILE_SIZE
-    before, after = end <= top * width + left, offset >= bottom * width
-    if (before | after) & (offset >= 0) & (end <= pixels):
-        vector = (begin + offset) // TILE_SIZE * VECTORS + tl.arange(0, VECTORS)
-        word = out.to(tl.pointer_type(word_type)) + vector[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
-        for i in tl.static_range(TILES):
-            tl.store(word + i * (VECTORS * WORDS), empty)
-    else:
-        end = tl.minimum(end, pixels)
-        while offset < end:
-            first = offset + tl.arange(0, VECTORS) * PER_VECTOR
-            # The last row whose part of the box begins before the vector's end.
-            y = (first + (PER_VECTOR - 1 - left) + width).to(tl.uint32) // width.to(tl.uint32)
-            y = tl.minimum(y.to(tl.int32), bottom) - 1
-            touched = (y >= top) & (y * width + right > first)
-            _store_vectors(out, begin, pixels, first, empty, ~touched)
-            offset += TILE_SIZE
+    _fill(out, begin, pixels, width, left, top, right, bottom, program * (TILES * TILE_SIZE) - skew, empty, TILES)
 
     per_row = (right - left + PER_VECTOR - 2) // PER_VECTOR + 1  # vectors that a row of the box touches, at most
     total = per_row * rows
@@ -287,7 +288,7 @@ def _paste_masks_kernel(
                     upper, lower = tl.fma(du, p01 - p00, p00), tl.fma(du, p11 - p10, p10)
                     value = tl.fma(lower_weight, lower, upper_weight * upper)
                     if PROBABILITIES:
-                        result = value.to(masks.dtype.element_ty).to(element, bitcast=True).to(word_type)
+                        result = value.to(masks.dtype.element_ty).to(out.dtype.element_ty, bitcast=True).to(word_type)
                     else:
                         result = (value >= threshold).to(word_type) ^ unreached
                     words ^= tl.where((x >= left) & (x < x_end), result, 0) << (i * BITS)
