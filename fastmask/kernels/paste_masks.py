@@ -51,10 +51,10 @@ MAX_PIXELS = 2**30
 # Masks whose weights, at most (H + W) * m each, the reference holds at a time.
 REFERENCE_MASKS = 64
 
-# A tile is a vector of 16 bytes for each thread of a warp: 512 booleans, 128 float32. 100 boxes of COCO's sizes at
-# 800 x 1333 touch vectors for 15,247 passes of a warp, 0.6 for each program and at most 9. Larger programs would amortize
-# the 150 instructions before the first store, but lengthen the longest chain. One warp needs no barrier to reduce.
-# Compiled: 64 registers on sm_80 and sm_90, 66 on sm_100, 57 on gfx942, no spills. Not yet measured on a GPU.
+# A tile is a vector of 16 bytes for each thread of a warp. 100 boxes of COCO's sizes at 800 x 1333 touch vectors for
+# 15,247 passes of a warp: 0.6 for each program, at most 9. Larger programs would amortize the 150 instructions before the
+# first store, but lengthen the longest chain. One warp needs no barrier to reduce. Compiled: 64 registers on sm_80 and
+# sm_90, 66 on sm_100, 57 on gfx942, no spills. Not yet measured on a GPU.
 NUM_WARPS = 1
 TILES_PER_PROGRAM = 8
 
