@@ -66,7 +66,8 @@ class HostDriver:
 
     def launcher_cls(self, source: Any, _metadata: Any) -> Callable[..., None]:
         """Triton makes one for each compiled variant, and calls it with the launch's arguments."""
-        return lambda *arguments: self.launched.append((source.hash(), *arguments))
+        variant, launched = source.hash(), self.launched
+        return lambda *arguments: launched.append((variant, *arguments))
 
 
 @contextmanager

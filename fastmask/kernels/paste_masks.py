@@ -52,12 +52,11 @@ MAX_PIXELS = 2**30
 REFERENCE_MASKS = 64
 
 # A tile is a vector of 16 bytes for each thread of a warp. 100 boxes of COCO's sizes at 800 x 1333 touch vectors for
-# 15,247 passes of a warp: 0.6 for each program, at most 9. Larger programs would amortize the 150 instructions before the
+# 15,247 passes of a warp: 0.6 for each program, at most 9. Larger programs would amortize 150 instructions before the
 # first store, but lengthen the longest chain. One warp needs no barrier to reduce. Compiled: 64 registers on sm_80 and
 # sm_90, 66 on sm_100, 57 on gfx942, no spills. Not yet measured on a GPU.
 NUM_WARPS = 1
 TILES_PER_PROGRAM = 8
-
 _INTEGERS = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32, 8: torch.uint64}  # by bytes
 
 
@@ -243,12 +242,11 @@ def _paste_masks_kernel(
     x1, x2, left, right = _axis(x1, x2, width.to(x1.dtype), M, PADDING)
     y1, y2, top, bottom = _axis(y1, y2, height.to(y1.dtype), M, PADDING)
     rows = tl.where(left < right, tl.maximum(bottom - top, 0), 0)
-    bottom = top + rows
     threshold = float_of(threshold_bits, COMPUTE)
     unreached = ((threshold <= 0) & (not PROBABILITIES)).to(word_type)
 
     empty = tl.full((VECTORS, WORDS), unreached * 0x01010101, word_type)
-    _fill(out, begin, pixels, width, left, top, right, bottom, program * (TILES * TILE_SIZE) - skew, empty, TILES)
+    _fill(out, begin, pixels, width, left, top, right, top + rows, program * (TILES * TILE_SIZE) - skew, empty, TILES)
 
     per_row = (right - left + PER_VECTOR - 2) // PER_VECTOR + 1  # vectors that a row of the box touches, at most
     total = per_row * rows
@@ -275,7 +273,7 @@ def _paste_masks_kernel(
                 lower_weight = tl.where(r < M - 1, dv, 0.0)[:, None]
                 upper_row = (tl.minimum(tl.maximum(r, 0), M - 1) * M)[:, None]
                 lower_row = (tl.minimum(r + 1, M - 1) * M)[:, None]
-                x_end = tl.where(y < bottom, right, left)[:, None]
+                x_end = tl.where(y < top + rows, right, left)[:, None]
                 x = (first - line)[:, None] + tl.arange(0, WORDS)[None, :] * PER_WORD
                 # One element of every word at a time: all 16 of a thread at once take more registers.
                 for i in range(PER_WORD):
@@ -295,7 +293,7 @@ def _paste_masks_kernel(
                     x += 1
                 y += 1
                 line += width
-                below = selected & (y < bottom) & (line + left < first + PER_VECTOR)
+                below = selected & (y < top + rows) & (line + left < first + PER_VECTOR)
                 remaining = tl.max(below.to(tl.int32), 0)
             _store_vectors(out, begin, pixels, first, words, selected)
             item += VECTORS
