@@ -1,4 +1,4 @@
-"""The commands `python -m benchmarks run | report | compare | compile`."""
+"""The commands `python -m benchmarks run | report | compare | compile | host-time`."""
 
 from __future__ import annotations
 
@@ -76,6 +76,20 @@ def compile_kernels(_: argparse.Namespace) -> int:
     return compile_report.main()
 
 
+def configure_host_time(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--only", action="append", choices=SECTIONS, help="measure this operator; may be repeated")
+
+
+def host_time(arguments: argparse.Namespace) -> int:
+    """Print the host time of launchers. Returns 2 without Triton."""
+    if importlib.util.find_spec("triton") is None:
+        print("host-time: expected Triton to be installed", file=sys.stderr)
+        return 2
+    from benchmarks.reporting import host_time
+
+    return host_time.main(arguments.only)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure fastmask and compare it.")
     commands = parser.add_subparsers(required=True)
@@ -84,6 +98,7 @@ def main() -> int:
         ("report", report.configure, report.main, "write tables and plots of results"),
         ("compare", compare.configure, compare.main, "say what got faster or slower between two runs"),
         ("compile", configure_compile, compile_kernels, "compile all kernels, without a GPU, and check their limits"),
+        ("host-time", configure_host_time, host_time, "measure what launching costs on the host, without a GPU"),
     ):
         command = commands.add_parser(name, help=help, description=help)
         configure(command)

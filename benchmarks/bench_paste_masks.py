@@ -25,7 +25,7 @@ from benchmarks.harness.timing import Implementation
 from benchmarks.harness.workloads import ADVERSARIAL, DTYPES, generator, objects
 from benchmarks.reporting.results import FASTMASK
 from fastmask.kernels.paste_masks import CONVENTIONS, PasteSpec, paste_masks_reference
-from tests.oracles.paste_masks import ORACLES, assert_probabilities, draw_masks
+from tests.oracles.paste_masks import ORACLES, VARIANTS, assert_probabilities, draw_masks
 
 SIDE = 28
 IMAGE = (800, 1333)
@@ -208,9 +208,10 @@ OPERATOR = operators.Operator(
         "100 masks 28x28, torchvision, probabilities": partial(_compile_case, None, "torchvision"),
     },
     limits={
-        "_paste_masks_kernel": {"cuda": operators.Limit(80, wide_stores=True), "hip": operators.Limit(56)},
+        "_paste_masks_kernel": {"cuda": operators.Limit(72, wide_stores=True), "hip": operators.Limit(64)},
     },
     check_random=_check_random,
     models=model_paste_masks.MODELS,
     targets=model_paste_masks.TARGETS,
+    variants=VARIANTS,
 )

@@ -20,35 +20,39 @@ def _paste(launch: Launch) -> Work:
     left, top = (start - reach).floor().clamp(min=0).minimum(limit).long()[:, :, None].unbind(1)
     right, bottom = (end + reach).ceil().clamp(min=0).minimum(limit).long()[:, :, None].unbind(1)
 
-    size = a["WORDS"] * -(-32 // a["BITS"]) if a["BITS"] < 64 else a["WORDS"]
+    vector, vectors = 16 // a["out"].itemsize, a["VECTORS"]
+    size, per_mask = vectors * vector, a["programs_per_mask"]
     begin = torch.arange(count)[:, None] * (height * width)
-    per_mask = a["programs_per_mask"] * tiles
-    offset = (begin // size + torch.arange(per_mask)) * size - begin  # of each tile, in its mask
-    exists = offset < height * width
-    reached = exists & (offset + size > top * width + left) & (offset < bottom * width)
-    first = top.maximum((offset + width - right).div(width, rounding_mode="floor"))
-    last = bottom.minimum((offset + size - 1 - left).div(width, rounding_mode="floor") + 1)
-    rows = (last - first).clamp(min=0) * reached
-    whole = exists & (offset >= 0) & (offset + size <= height * width)
+    offset = torch.arange(per_mask) * (size * tiles) - begin % size  # of each program's tiles, in its mask
+    end = offset + size * tiles
+    clear = (end <= top * width + left) | (offset >= bottom * width)
+    fast = clear & (offset >= 0) & (end <= height * width)
+    slow_tiles = ((end.clamp(max=height * width) - offset) / size).ceil().clamp(min=0)[~fast]
 
-    num_tiles, num_reached = int(exists.sum()), int(reached.sum())
-    in_program = rows.unflatten(1, (-1, tiles)).sum(2)
-    reached_share, tiles_of_program = num_reached / num_tiles, num_tiles / launch.programs
-    trips: Trips = {"tile": tiles_of_program, "y": float(rows.sum()) / num_reached}
-    longest: Trips = {"y": float(in_program.max()) / tiles_of_program}
-    if a["BITS"] < 32:
-        trips = {**trips, "i": 32.0 // a["BITS"]}
-    inputs = a["masks"].nbytes + boxes.nbytes
+    per_row = (right - left + vector - 2) // vector + 1  # vectors that a row of the box touches, at most
+    total = per_row * (bottom - top).clamp(min=0)
+    share = -(-total // (per_mask * vectors)) * vectors
+    item = torch.arange(per_mask) * share
+    steps = ((item + share).minimum(total) - item).clamp(min=0) / vectors
+    busy = steps > 0
+    trips: Trips = {
+        "_fill.offset": float(slow_tiles.mean()),
+        "item": float(steps[busy].ceil().mean()),
+        "remaining": 1.0,
+    }
+    if a["out"].itemsize < 4:
+        trips = {**trips, "i": 4.0 / a["out"].itemsize}
     written = a["out"].nbytes
     return Work(
-        hbm_bytes=inputs + written,
-        l2_bytes=written + launch.programs * 16 + int((in_program > 0).sum()) * side * side * a["masks"].itemsize,
+        hbm_bytes=a["masks"].nbytes + boxes.nbytes + written,
+        l2_bytes=written + launch.programs * 16 + int(busy.sum()) * side * side * a["masks"].itemsize,
         trips=trips,
         branches={
-            "if (offset + TILE_SIZE > top": reached_share,
-            "if (offset >= 0)": float(whole.sum()) / num_tiles,
+            "if (before | after)": float(fast.float().mean()),
+            "if item < last_item": float(busy.float().mean()),
+            "if tl.max(partial": 2 / per_mask,  # the first and the last vector of a mask
         },
-        longest=longest,
+        longest={"item": float(steps.ceil().max()), "_fill.offset": float(tiles)},
     )
 
 

@@ -39,6 +39,8 @@ LIBRARY = torch.library.Library("fastmask", "DEF")
 LAUNCHERS: dict[str, Callable[..., Any]] = {}  # by the operator's name: what runs on accelerators
 INTERPRETED: bool = triton is not None and triton.knobs.runtime.interpret
 
+_NO_DEVICE = nullcontext()
+
 Size: TypeAlias = int  # in a spec: a number that `torch.compile` may keep symbolic
 
 # From a spec field's annotation to its type in an operator's schema.
@@ -50,6 +52,7 @@ _SCHEMA_TYPES = {
     "bool": "bool",
     "str": "str",
     "list[float]": "float[]",
+    "Sequence[float]": "float[]",
 }
 
 
@@ -82,6 +85,7 @@ def register(
             the arguments before the spec.
         spec: a `NamedTuple` of the settings that travel together. Operators take its fields as their last
             arguments (`operator(tensor, *spec)`); every function above takes the tuple as its last argument.
+            It is hashable: a field that is a list in the schema arrives as a tuple.
     """
     if spec is not None:
         schema = schema.replace("*spec", _schema_of(spec))
@@ -102,18 +106,37 @@ def register(
 
 
 def _schema_of(spec: type[Any]) -> str:
-    fields = ((field, spec.__annotations__[field]) for field in spec._fields)
-    return ", ".join(f"{_SCHEMA_TYPES[getattr(kind, '__forward_arg__', kind)]} {field}" for field, kind in fields)
+    return ", ".join(f"{_schema_type(spec.__annotations__[field])} {field}" for field in spec._fields)
+
+
+def _schema_type(annotation: Any) -> str:
+    return _SCHEMA_TYPES[getattr(annotation, "__forward_arg__", annotation)]
 
 
 def _with_spec(function: Callable[..., Any], spec: type[Any]) -> Callable[..., Any]:
-    count = len(spec._fields)
-    return wraps(function)(lambda *args: function(*args[:-count], spec(*args[-count:])))
+    count, make = len(spec._fields), _maker(spec)
+    return wraps(function)(lambda *args: function(*args[:-count], make(args[-count:])))
 
 
 def _context_with_spec(setup_context: Callable[..., None], spec: type[Any]) -> Callable[..., None]:
-    count = len(spec._fields)
-    return lambda ctx, inputs, output: setup_context(ctx, (*inputs[:-count], spec(*inputs[-count:])), output)
+    count, make = len(spec._fields), _maker(spec)
+    return lambda ctx, inputs, output: setup_context(ctx, (*inputs[:-count], make(inputs[-count:])), output)
+
+
+def _maker(spec: type[Any]) -> Callable[[Sequence[Any]], Any]:
+    """Makes a spec from an operator's arguments."""
+    names = spec.__annotations__
+    lists = [index for index, name in enumerate(spec._fields) if _schema_type(names[name]).endswith("[]")]
+    if not lists:
+        return spec._make
+
+    def make(values: Sequence[Any]) -> Any:
+        values = list(values)
+        for index in lists:
+            values[index] = tuple(values[index])
+        return spec._make(values)
+
+    return make
 
 
 def _without_gradient_of(backward: Callable[..., Any], spec: type[Any]) -> Callable[..., Any]:
@@ -145,9 +168,8 @@ def overridable(function: Callable[P, T]) -> Callable[P, T]:
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
     """Make the tensor's device current: Triton launches on the current device, whatever its arguments."""
-    if tensor.device.type in ("cpu", "meta"):
-        return nullcontext()
-    return torch.accelerator.device_index(tensor.device.index)
+    index = tensor.get_device()  # -1 on the CPU and meta
+    return _NO_DEVICE if index < 0 else torch.accelerator.device_index(index)
 
 
 def ceil_div(numerator: int, denominator: int) -> int:

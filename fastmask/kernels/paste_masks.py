@@ -20,11 +20,13 @@ Deterministic: no atomics, one writer per element.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastmask.kernels._launch import Launch
 from fastmask.kernels._runtime import (
     Size,
     ceil_div,
@@ -49,12 +51,13 @@ MAX_PIXELS = 2**30
 # Masks whose weights, at most (H + W) * m each, the reference holds at a time.
 REFERENCE_MASKS = 64
 
-# A tile is 16 bytes for each thread of a warp: 512 booleans, 128 float32. 100 boxes with log-uniform sides of
-# 16..600 on 800 x 1333 cover 3% of the pixels and touch 11% of such tiles; with 2, 4 or 8 warps it would be
-# 18, 21 or 21%. Compiled for booleans from float32: 64 registers on sm_90 and sm_100, 80 on sm_80, 53 on
-# gfx942, no spills, one 128-bit store per thread and tile (64-bit on gfx942, which has 64 threads a warp).
+# A tile is a vector of 16 bytes for each thread of a warp. 100 boxes of COCO's sizes at 800 x 1333 touch vectors for
+# 15,247 passes of a warp: 0.6 for each program, at most 9. Larger programs would amortize 150 instructions before the
+# first store, but lengthen the longest chain. One warp needs no barrier to reduce. Compiled: 64 registers on sm_80 and
+# sm_90, 66 on sm_100, 57 on gfx942, no spills. Not yet measured on a GPU.
 NUM_WARPS = 1
 TILES_PER_PROGRAM = 8
+_INTEGERS = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32, 8: torch.uint64}  # by bytes
 
 
 class PasteSpec(NamedTuple):
@@ -124,11 +127,8 @@ def _truncate(x):
 
 
 @jit()
-def _axis(start, end, size, M: tl.constexpr, PADDING: tl.constexpr, COMPUTE: tl.constexpr):
-    """The map u = (x + 1/2 - start) * scale - 1/2 - PADDING along one axis, and the range of pixels it reaches.
-
-    Returns start, scale and the pixels [first, last), which are none for an unusable box.
-    """
+def _axis(start, end, size, M: tl.constexpr, PADDING: tl.constexpr):
+    """Along one axis: the span that the mask is stretched over, and the pixels [first, last) it reaches, if any."""
     usable = (tl.abs(start) < 2.0**31) & (tl.abs(end) < 2.0**31)
     start, end = tl.where(usable, start, 0.0), tl.where(usable, end, 0.0)
     if PADDING:
@@ -139,10 +139,70 @@ def _axis(start, end, size, M: tl.constexpr, PADDING: tl.constexpr, COMPUTE: tl.
     first = tl.minimum(tl.maximum(tl.floor(start - reach), 0.0), size)
     last = tl.minimum(tl.maximum(tl.ceil(end + reach), 0.0), size)
     last = tl.where(usable, last, 0.0)
-    start, end = start.to(COMPUTE), end.to(COMPUTE)
-    extent = tl.where(usable, tl.maximum(end - start, 1e-30), 1.0)  # so that no scale is infinite
-    mask_pixels = tl.full((), M + 2 * PADDING, COMPUTE)
-    return start, divide(mask_pixels, extent), first.to(tl.int32), last.to(tl.int32)
+    return start, end, first.to(tl.int32), last.to(tl.int32)
+
+
+@jit()
+def _scale(start, end, M: tl.constexpr, PADDING: tl.constexpr, COMPUTE: tl.constexpr):
+    """Mask pixels per image pixel, along one axis of a box that reaches the image."""
+    extent = tl.maximum(end.to(COMPUTE) - start.to(COMPUTE), 1e-30)  # so that no scale is infinite
+    return divide(tl.full((), M + 2 * PADDING, COMPUTE), extent)
+
+
+@jit()
+def _mask_coordinate(pixel, start, scale, M: tl.constexpr, PADDING: tl.constexpr):
+    """u at the centre of a pixel, as its floor and the fraction; no mask pixel lies beyond [-1, M]."""
+    u = tl.fma(pixel.to(start.dtype) + 0.5 - start, scale, -0.5 - PADDING)
+    u = tl.minimum(tl.maximum(u, -1.0), M)
+    floor = tl.floor(u).to(tl.int32)
+    return floor, u - floor.to(u.dtype)
+
+
+@jit()
+def _words_of(out, vector, words):
+    """Pointers to the words of vectors of the output. Multiples, so that a thread stores 16 bytes at once."""
+    WORDS: tl.constexpr = words.shape[1]
+    return out.to(tl.pointer_type(words.dtype)) + vector[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
+
+
+@jit()
+def _store_vectors(out, begin, pixels, first, words, selected):
+    """Store selected vectors that begin at pixels `first` of the mask at `out + begin`, and nothing outside it."""
+    BITS: tl.constexpr = out.dtype.element_ty.primitive_bitwidth
+    PER_WORD: tl.constexpr = words.dtype.primitive_bitwidth // BITS
+    PER_VECTOR: tl.constexpr = 128 // BITS
+    whole = (first >= 0) & (first <= pixels - PER_VECTOR)
+    tl.store(_words_of(out, (begin + first) // PER_VECTOR, words), words, mask=(selected & whole)[:, None])
+    partial = selected & ~whole
+    if tl.max(partial.to(tl.int32), 0) > 0:
+        for i in range(PER_WORD):
+            pixel = first[:, None] + tl.arange(0, words.shape[1])[None, :] * PER_WORD + i
+            inside = partial[:, None] & (pixel >= 0) & (pixel < pixels)
+            tl.store(out + begin + pixel, (words >> (i * BITS)).to(out.dtype.element_ty), mask=inside)
+
+
+@jit()
+def _fill(out, begin, pixels, width, left, top, right, bottom, offset, words, TILES: tl.constexpr):
+    """Store `words` in the vectors that the box does not touch, of the tiles that begin at pixel `offset` of a mask."""
+    PER_VECTOR: tl.constexpr = 128 // out.dtype.element_ty.primitive_bitwidth
+    VECTORS: tl.constexpr = words.shape[0]
+    TILE_SIZE: tl.constexpr = VECTORS * PER_VECTOR
+    end = offset + TILES * TILE_SIZE
+    before, after = end <= top * width + left, offset >= bottom * width
+    if (before | after) & (offset >= 0) & (end <= pixels):
+        word = _words_of(out, (begin + offset) // TILE_SIZE * VECTORS + tl.arange(0, VECTORS), words)
+        for i in tl.static_range(TILES):
+            tl.store(word + i * (VECTORS * words.shape[1]), words)
+    else:
+        end = tl.minimum(end, pixels)
+        while offset < end:
+            first = offset + tl.arange(0, VECTORS) * PER_VECTOR
+            # The last row whose part of the box begins before the vector's end. Unsigned: the sum may reach 2^31.
+            y = (first + (PER_VECTOR - 1 - left) + width).to(tl.uint32) // width.to(tl.uint32)
+            y = tl.minimum(y.to(tl.int32), bottom) - 1
+            touched = (y >= top) & (y * width + right > first)
+            _store_vectors(out, begin, pixels, first, words, ~touched)
+            offset += TILE_SIZE
 
 
 @jit(do_not_specialize=["programs_per_mask", "height", "width", "threshold_bits"])
@@ -157,108 +217,122 @@ def _paste_masks_kernel(
     M: tl.constexpr,
     PADDING: tl.constexpr,
     PROBABILITIES: tl.constexpr,
-    BITS: tl.constexpr,  # of an output
-    WORDS: tl.constexpr,  # in a tile, of 32 bits, or of 64 for outputs of 64
+    VECTORS: tl.constexpr,  # of 16 bytes, in a tile
     TILES: tl.constexpr,  # of a program
     COMPUTE: tl.constexpr,
 ):
-    # Tiles are aligned runs of the output in memory order. A program fills up to TILES of the tiles that overlap
-    # one mask. The first and the last of a mask are shared with its neighbours, and only the mask's part is written.
-    element = out.dtype.element_ty
-    word_type = tl.uint64 if BITS == 64 else tl.uint32
+    # A vector is an aligned run of 16 bytes of the output in memory order. Each program of a mask fills those of up to
+    # TILES aligned tiles that the box does not touch. Those that the box touches are divided evenly among the programs:
+    # no thread is idle, wherever the box lies. Masks share their first and last vector with their neighbours.
+    BITS: tl.constexpr = out.dtype.element_ty.primitive_bitwidth
+    PER_VECTOR: tl.constexpr = 128 // BITS
     PER_WORD: tl.constexpr = (BITS + 31) // BITS
-    TILE_SIZE: tl.constexpr = WORDS * PER_WORD
+    WORDS: tl.constexpr = PER_VECTOR // PER_WORD
+    TILE_SIZE: tl.constexpr = VECTORS * PER_VECTOR
+    word_type = tl.uint64 if BITS == 64 else tl.uint32
 
     n = tl.program_id(0) // programs_per_mask
+    program = tl.program_id(0) - n * programs_per_mask
     pixels = height * width
     begin = n.to(tl.int64) * pixels
-    tile = begin // TILE_SIZE + (tl.program_id(0) - n * programs_per_mask) * TILES
-    last_tile = tl.minimum(tile + TILES, (begin + pixels - 1) // TILE_SIZE + 1)
+    skew = (begin % TILE_SIZE).to(tl.int32)  # pixels of the mask are counted from its first, tiles start before it
 
     box = boxes + n.to(tl.int64) * 4
     x1, y1, x2, y2 = tl.load(box), tl.load(box + 1), tl.load(box + 2), tl.load(box + 3)
-    x_start, x_scale, left, right = _axis(x1, x2, width.to(x1.dtype), M, PADDING, COMPUTE)
-    y_start, y_scale, top, bottom = _axis(y1, y2, height.to(y1.dtype), M, PADDING, COMPUTE)
-    bottom = tl.where(left < right, bottom, top)
-    mask = masks + n.to(tl.int64) * (M * M)
+    x1, x2, left, right = _axis(x1, x2, width.to(x1.dtype), M, PADDING)
+    y1, y2, top, bottom = _axis(y1, y2, height.to(y1.dtype), M, PADDING)
+    rows = tl.where(left < right, tl.maximum(bottom - top, 0), 0)
     threshold = float_of(threshold_bits, COMPUTE)
     unreached = ((threshold <= 0) & (not PROBABILITIES)).to(word_type)
 
-    while tile < last_tile:
-        base = tile * TILE_SIZE
-        offset = (base - begin).to(tl.int32)
-        index = offset + tl.arange(0, WORDS) * PER_WORD
-        words = tl.full((WORDS,), unreached * 0x01010101, word_type)
-        if (offset + TILE_SIZE > top * width + left) & (offset < bottom * width):
-            # The rows whose part of the box begins before the tile's end, and ends beyond its start.
-            y = tl.maximum(top, (offset + width - right) // width)
-            end = tl.minimum(bottom, (offset + TILE_SIZE - 1 - left) // width + 1)
-            while y < end:
-                v = tl.fma(y.to(COMPUTE) + 0.5 - y_start, y_scale, -0.5 - PADDING)
-                v = tl.minimum(tl.maximum(v, -1.0), M)  # no mask pixel lies beyond either
-                r = tl.floor(v)
-                upper_weight = tl.where((r >= 0) & (r < M), 1 - (v - r), 0.0)
-                lower_weight = tl.where(r < M - 1, v - r, 0.0)
-                upper_row = mask + tl.minimum(tl.maximum(r, 0.0), M - 1).to(tl.int32) * M
-                lower_row = mask + tl.minimum(r + 1, M - 1).to(tl.int32) * M
-                x = index - y * width
-                # One element of every word at a time: all 16 of a thread at once take 170 registers.
+    empty = tl.full((VECTORS, WORDS), unreached * 0x01010101, word_type)
+    _fill(out, begin, pixels, width, left, top, right, top + rows, program * (TILES * TILE_SIZE) - skew, empty, TILES)
+
+    per_row = (right - left + PER_VECTOR - 2) // PER_VECTOR + 1  # vectors that a row of the box touches, at most
+    total = per_row * rows
+    share = (total + programs_per_mask * VECTORS - 1) // (programs_per_mask * VECTORS) * VECTORS
+    item = program * share
+    last_item = tl.minimum(item + share, total)
+    if item < last_item:
+        x_start, x_scale = x1.to(COMPUTE), _scale(x1, x2, M, PADDING, COMPUTE)
+        y_start, y_scale = y1.to(COMPUTE), _scale(y1, y2, M, PADDING, COMPUTE)
+        mask = masks + n.to(tl.int64) * (M * M)
+        while item < last_item:
+            index = tl.minimum(item + tl.arange(0, VECTORS), last_item - 1)
+            row = (index.to(tl.uint32) // per_row.to(tl.uint32)).to(tl.int32)
+            y = top + row
+            line = y * width
+            first = ((line + left + skew) // PER_VECTOR + (index - row * per_row)) * PER_VECTOR - skew
+            selected = (item + tl.arange(0, VECTORS) < last_item) & (first < line + right)
+            selected &= (row == 0) | (first > line - width + right - 1)  # else it belongs to the row above
+            words = empty
+            remaining = 1
+            while remaining > 0:  # once, unless a vector reaches from the right side of the box to its left side
+                r, dv = _mask_coordinate(y, y_start, y_scale, M, PADDING)
+                upper_weight = tl.where((r >= 0) & (r < M), 1 - dv, 0.0)[:, None]
+                lower_weight = tl.where(r < M - 1, dv, 0.0)[:, None]
+                upper_row = (tl.minimum(tl.maximum(r, 0), M - 1) * M)[:, None]
+                lower_row = (tl.minimum(r + 1, M - 1) * M)[:, None]
+                x_end = tl.where(y < top + rows, right, left)[:, None]
+                x = (first - line)[:, None] + tl.arange(0, WORDS)[None, :] * PER_WORD
+                # One element of every word at a time: all 16 of a thread at once take more registers.
                 for i in range(PER_WORD):
-                    u = tl.fma(x.to(COMPUTE) + 0.5 - x_start, x_scale, -0.5 - PADDING)
-                    u = tl.minimum(tl.maximum(u, -1.0), M)
-                    floor = tl.floor(u)
-                    du, c = u - floor, floor.to(tl.int32)
+                    c, du = _mask_coordinate(x, x_start, x_scale, M, PADDING)
                     c0, c1 = (c >= 0) & (c < M), c < M - 1
-                    p00 = tl.load(upper_row + c, mask=c0, other=0.0).to(COMPUTE)
-                    p01 = tl.load(upper_row + c + 1, mask=c1, other=0.0).to(COMPUTE)
-                    p10 = tl.load(lower_row + c, mask=c0, other=0.0).to(COMPUTE)
-                    p11 = tl.load(lower_row + c + 1, mask=c1, other=0.0).to(COMPUTE)
+                    p00 = tl.load(mask + upper_row + c, mask=c0, other=0.0).to(COMPUTE)
+                    p01 = tl.load(mask + upper_row + c + 1, mask=c1, other=0.0).to(COMPUTE)
+                    p10 = tl.load(mask + lower_row + c, mask=c0, other=0.0).to(COMPUTE)
+                    p11 = tl.load(mask + lower_row + c + 1, mask=c1, other=0.0).to(COMPUTE)
                     upper, lower = tl.fma(du, p01 - p00, p00), tl.fma(du, p11 - p10, p10)
                     value = tl.fma(lower_weight, lower, upper_weight * upper)
                     if PROBABILITIES:
-                        result = value.to(masks.dtype.element_ty).to(element, bitcast=True).to(word_type)
+                        result = value.to(masks.dtype.element_ty).to(out.dtype.element_ty, bitcast=True).to(word_type)
                     else:
                         result = (value >= threshold).to(word_type) ^ unreached
-                    words ^= tl.where((x >= left) & (x < right), result, 0) << (i * BITS)
+                    words ^= tl.where((x >= left) & (x < x_end), result, 0) << (i * BITS)
                     x += 1
                 y += 1
-        if (offset >= 0) & (offset + TILE_SIZE <= pixels):  # unmasked, so a thread stores 16 bytes at once
-            tl.store((out + base).to(tl.pointer_type(word_type)) + tl.arange(0, WORDS), words)
-        else:
-            for i in range(PER_WORD):
-                in_mask = (index + i >= 0) & (index + i < pixels)
-                tl.store(out + begin + index + i, (words >> (i * BITS)).to(element), mask=in_mask)
-        tile += 1
+                line += width
+                below = selected & (y < top + rows) & (line + left < first + PER_VECTOR)
+                remaining = tl.max(below.to(tl.int32), 0)
+            _store_vectors(out, begin, pixels, first, words, selected)
+            item += VECTORS
+
+
+@lru_cache(maxsize=1024)
+def _prepared(spec: PasteSpec, m: int, dtype: torch.dtype) -> tuple[int, Launch]:
+    """The number of programs for each mask, and the launch."""
+    size = dtype.itemsize if spec.threshold is None else 1
+    vectors = NUM_WARPS * 32
+    tiles = ceil_div(spec.height * spec.width - 1, vectors * 16 // size) + 1  # at most this many overlap a mask
+    programs_per_mask = ceil_div(tiles, TILES_PER_PROGRAM)
+    return programs_per_mask, Launch(
+        _paste_masks_kernel,
+        programs_per_mask,
+        spec.height,
+        spec.width,
+        float64_bits(spec.threshold or 0.0),
+        M=m,
+        PADDING=int(spec.convention == "torchvision"),
+        PROBABILITIES=spec.threshold is None,
+        VECTORS=vectors,
+        TILES=TILES_PER_PROGRAM,
+        COMPUTE=triton_dtype(dtype),
+        num_warps=NUM_WARPS,
+        enable_fp_fusion=False,
+    )
 
 
 def _launch_paste_masks(masks: Tensor, boxes: Tensor, spec: PasteSpec) -> Tensor:
+    n, m, _ = masks.shape
     dtype = masks.dtype if spec.threshold is None else torch.bool
-    out = torch.empty(len(masks), spec.height, spec.width, dtype=dtype, device=masks.device)
+    out = torch.empty((n, spec.height, spec.width), dtype=dtype, device=masks.device)
     if not out.numel():
         return out
-    integers = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32, 8: torch.uint64}[out.itemsize]
-    tile = NUM_WARPS * 32 * 16  # bytes
-    tiles = ceil_div(spec.height * spec.width - 1, tile // out.itemsize) + 1  # at most this many overlap a mask
-    programs_per_mask = ceil_div(tiles, TILES_PER_PROGRAM)
+    programs_per_mask, launch = _prepared(spec, m, masks.dtype)
+    boxes = boxes if boxes.itemsize >= 4 else boxes.float()
     with on_device_of(masks):
-        _paste_masks_kernel[(len(masks) * programs_per_mask,)](
-            masks.contiguous(),
-            boxes.to(torch.promote_types(boxes.dtype, torch.float32)).contiguous(),
-            out.view(integers),
-            programs_per_mask,
-            spec.height,
-            spec.width,
-            float64_bits(spec.threshold or 0.0),
-            M=masks.shape[-1],
-            PADDING=int(spec.convention == "torchvision"),
-            PROBABILITIES=spec.threshold is None,
-            BITS=8 * out.itemsize,
-            WORDS=tile // max(out.itemsize, 4),
-            TILES=TILES_PER_PROGRAM,
-            COMPUTE=triton_dtype(masks.dtype),
-            num_warps=NUM_WARPS,
-            enable_fp_fusion=False,
-        )
+        launch((n * programs_per_mask,), masks.contiguous(), boxes.contiguous(), out.view(_INTEGERS[out.itemsize]))
     return out
 
 

@@ -1,11 +1,13 @@
-"""Random masks and boxes, and their pasted probabilities in float64 by both conventions."""
+"""Random masks and boxes, their pasted probabilities in float64 by both conventions, and the kernel's variants."""
 
 import math
+from functools import partial
 
 import torch
 from torch.nn.functional import grid_sample
 
 from fastmask.kernels._runtime import compute_dtype
+from fastmask.kernels.paste_masks import CONVENTIONS, paste_masks
 from tests.oracles.budget import BUDGET, assert_within_budget
 
 
@@ -64,3 +66,67 @@ def assert_probabilities(actual, exact, m):
     """
     coordinates = 2 * (m + 2) * BUDGET[compute_dtype(actual.dtype)] / BUDGET[actual.dtype]
     assert_within_budget(actual, exact, exact + coordinates)
+
+
+def assert_masks(actual, exact, threshold=0.5, margin=1e-5):
+    """Boolean masks, wherever the exact probability is not within `margin` of the threshold."""
+    clear = (exact - threshold).abs() > margin
+    assert actual.dtype == torch.bool
+    assert torch.equal(actual.cpu()[clear], (exact >= threshold)[clear])
+    assert not exact.numel() or clear.double().mean() > 0.99
+
+
+def check_pasted(device, convention, dtype=torch.float32, image=(13, 45), boxes=None, threshold=0.5, m=14):
+    """Masks and probabilities of a small image are the oracle's; by default of boxes of every size."""
+    masks, drawn = draw_masks(3 if boxes is None else len(boxes), m, *image)
+    masks, boxes = masks.to(dtype), drawn if boxes is None else torch.as_tensor(boxes)
+    exact = ORACLES[convention](masks, boxes, *image)
+    arguments = masks.to(device), boxes.to(device), image
+    assert_masks(paste_masks(*arguments, threshold, convention=convention), exact, threshold)
+    assert_probabilities(paste_masks(*arguments, None, convention=convention), exact, m)
+
+
+def check_unreached(device):
+    """Boxes that reach no pixel."""
+    nan, inf = float("nan"), float("inf")
+    boxes = [[nan, 0, 9, 9], [0, 0, inf, 9], [9, 9, 3, 3], [-3e38, -3e38, 3e38, 3e38], [99, 3, 120, 9], [3, 99, 9, 120]]
+    boxes = torch.tensor([*boxes, [4, 2, 4, 9]], device=device)
+    masks = torch.ones(len(boxes), 6, 6, device=device)
+    for threshold, value in ((0.5, False), (0.0, True), (None, 0)):
+        assert (paste_masks(masks, boxes, (10, 13), threshold) == value).all()
+
+
+def check_threshold_zero(device):
+    """Every pixel belongs to the mask, inside the boxes and outside."""
+    masks, boxes = draw_masks(3, 5, 11, 37)
+    assert paste_masks(masks.to(device), boxes.to(device), (11, 37), 0.0).all()
+
+
+def check_full_width(device):
+    """Vectors that reach from the right side of a box to its left side in the next rows, and masks of few bytes."""
+    boxes = [[-2.0, -1, 50, 40], [0.2, 0.3, 8.7, 2.9], [0, 0, 1, 1]]
+    for image in ((5, 37), (9, 7), (1, 5), (2, 2)):
+        check_pasted(device, "aligned", torch.float32, image, boxes, m=5)
+    box, unknown = torch.tensor([[-2.0, -1, 50, 2]], device=device), torch.full((1, 5, 5), math.nan, device=device)
+    pasted = paste_masks(unknown, box, (5, 37), None)
+    assert pasted[0, :3].isnan().all()
+    assert (pasted[0, 3:] == 0).all()  # no mask pixel is read for the row below the box
+
+
+# By name: asserts that a small call of one variant of the kernel agrees with an oracle.
+VARIANTS = {
+    **{
+        f"{convention}, {str(dtype).removeprefix('torch.')}": partial(check_pasted, convention=convention, dtype=dtype)
+        for convention in CONVENTIONS
+        for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+    },
+    "threshold 0": check_threshold_zero,
+    "boxes in float64": lambda device: check_pasted(
+        device, "torchvision", image=(9, 40), boxes=torch.tensor([[3.2, 1.1, 30.9, 7.3]], dtype=torch.float64)
+    ),
+    "box over several passes": partial(
+        check_pasted, convention="aligned", image=(40, 150), boxes=[[-5.0, -3, 170, 38], [20, 3, 28, 30]]
+    ),
+    "full width": check_full_width,
+    "unreached": check_unreached,
+}

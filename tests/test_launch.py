@@ -1,0 +1,165 @@
+"""`Launch` launches what `kernel[grid]` launches, with the same arguments, and launchers take little host time."""
+
+import pytest
+import torch
+from triton import knobs
+
+from benchmarks.harness.operators import operators
+from benchmarks.reporting.host_time import host_driver, measure
+from fastmask.kernels._launch import Launch
+from fastmask.kernels._runtime import jit, tl
+
+compiled = pytest.mark.reference_only
+
+
+@jit(do_not_specialize=["n"])
+def _add_kernel(sources, out, sizes, n, m, SIZE: tl.constexpr, DTYPE: tl.constexpr):
+    index = tl.arange(0, SIZE)
+    value = tl.zeros((SIZE,), DTYPE)
+    for i in tl.static_range(len(sources)):
+        value += tl.load(sources[i] + index).to(DTYPE) * sizes[i]
+    tl.store(out + index, value + (n + m))
+
+
+SETTINGS = {"SIZE": 16, "DTYPE": tl.float32, "num_warps": 1}
+METADATA, HOOKS = 7, slice(8, None)  # for hooks: a new object in each launch
+NUMBERS = ((3, 2**40 + 1), 1, 16)
+
+
+def tensors(dtype=torch.float32, offset=0):
+    """Two sources and an output, `offset` elements beyond an aligned address."""
+    sources = tuple(torch.ones(32, dtype=dtype)[offset:][:16] for _ in range(2))
+    return sources, torch.empty(16)
+
+
+def launched(driver, launch):
+    """What reaches the driver: the variant, the grid, the stream, hooks, and the kernel's arguments."""
+    driver.launched.clear()
+    launch()
+    (call,) = driver.launched
+    return call
+
+
+def assert_like_triton(driver, arguments, grid=(5, 2), numbers=NUMBERS, settings=SETTINGS, launch=None):
+    """The first and later launches equal Triton's own. Returns the hash of the variant's source."""
+    launch = launch or Launch(_add_kernel, *numbers, **settings)
+    variants = set()
+    for _ in range(3):
+        actual = launched(driver, lambda: launch(grid, *arguments))
+        expected = launched(driver, lambda: _add_kernel[grid](*arguments, *numbers, **settings))
+        assert actual[:METADATA] == expected[:METADATA]
+        assert all(one is two or one == two for one, two in zip(actual[HOOKS], expected[HOOKS], strict=True))
+        variants.add(actual[0])
+    (variant,) = variants
+    return variant
+
+
+@compiled
+def test_launches_what_triton_launches():
+    with host_driver() as driver:
+        launch = Launch(_add_kernel, *NUMBERS, **SETTINGS)
+        calls = [tensors(), tensors(torch.float16), tensors(offset=1), tensors(torch.float16, offset=8)]
+        variants = [assert_like_triton(driver, arguments, launch=launch) for arguments in calls]
+        assert variants[1] == variants[3]  # aligned again
+        assert len(set(variants)) == 3
+        assert len(launch._variants) == 3
+        for grid in ((1,), (7,), (1, 2, 3)):
+            assert_like_triton(driver, calls[0], grid, launch=launch)
+
+
+@compiled
+@pytest.mark.parametrize(
+    ("numbers", "settings"),
+    [
+        (((3, 16), 1, 1), SETTINGS),
+        (((1, 2**62), 2**40, -(2**31)), SETTINGS),
+        (NUMBERS, SETTINGS | {"DTYPE": tl.float64}),
+        (NUMBERS, {"num_warps": 2, "DTYPE": tl.float32, "SIZE": 16}),
+        (NUMBERS, SETTINGS | {"enable_fp_fusion": False}),
+    ],
+)
+def test_numbers_and_settings(numbers, settings):
+    with host_driver() as driver:
+        assert_like_triton(driver, tensors(), numbers=numbers, settings=settings)
+
+
+@compiled
+def test_a_variant_belongs_to_a_device():
+    with host_driver() as driver:
+        launch = Launch(_add_kernel, *NUMBERS, **SETTINGS)
+        for device in ("first", "second", "first"):
+            driver.device = device
+            assert_like_triton(driver, tensors(), launch=launch)
+        assert len(launch._variants) == 2
+
+
+@compiled
+def test_uses_the_current_stream():
+    with host_driver() as driver:
+        launch = Launch(_add_kernel, *NUMBERS, **SETTINGS)
+        for stream in (0, 7, 0):
+            driver.stream = stream
+            assert_like_triton(driver, tensors(), launch=launch)
+            assert launched(driver, lambda: launch((1,), *tensors()))[4] == stream
+
+
+@compiled
+def test_knobs_that_change_the_variant():
+    with host_driver() as driver, knobs.runtime.scope(), knobs.compilation.scope():
+        launch = Launch(_add_kernel, *NUMBERS, **SETTINGS)
+        assert_like_triton(driver, tensors(), launch=launch)
+        knobs.runtime.debug = True
+        assert_like_triton(driver, tensors(), launch=launch)
+        assert len(launch._variants) == 2
+
+
+@compiled
+def test_launch_hooks_are_called():
+    names = []
+    arguments = tensors()
+
+    def enter(metadata):
+        names.append(metadata.get()["name"])
+
+    with host_driver() as driver:
+        launch = Launch(_add_kernel, *NUMBERS, **SETTINGS)
+        launch((1,), *arguments)
+        knobs.runtime.launch_enter_hook.add(enter)
+        try:
+            call = launched(driver, lambda: launch((1,), *arguments))
+            metadata, hook = call[METADATA], call[METADATA + 1]
+            hook(metadata)  # as the driver's launcher does
+        finally:
+            knobs.runtime.launch_enter_hook.remove(enter)
+        assert names == ["_add_kernel"]
+
+
+@compiled
+def test_what_only_compiled_is_not_remembered():
+    """As in the compile report, whose kernels are never loaded."""
+    launch = Launch(_add_kernel, *NUMBERS, **SETTINGS)
+
+    class CompileOnly:
+        arg_names = _add_kernel.arg_names
+
+        def __getitem__(self, grid):
+            return lambda *args, **settings: _add_kernel.run(*args, grid=grid, warmup=True, **settings)
+
+    launch._kernel = CompileOnly()
+    with host_driver():
+        launch((1,), *tensors(torch.int32))
+    assert not launch._variants
+
+
+# By launcher: how many times the host time of an empty kernel a call takes at most. Twice what was measured.
+LIMITS = {"paste_masks": 6}
+
+
+@compiled
+@pytest.mark.parametrize("operator", ["paste_masks"])
+def test_host_time(operator):
+    rows = [row for row in measure({operator: operators()[operator]}) if row.launcher in LIMITS]
+    assert rows
+    assert all(row.kernels == 1 for row in rows)
+    slow = [row for row in rows if row.ratio > LIMITS[row.launcher]]
+    assert not slow
