@@ -210,8 +210,8 @@ def divide_by_constant(x, DIVISOR: tl.constexpr):
     A power of two divides every x: its reciprocal is exact, and the product rounds the same number as the quotient.
     For others one correction of a quotient that is off by at most 1.5 ulp is enough. The remainder is exact: a multiple
     of the quotient's ulp, and less than 2^24 of them. Before its last rounding the result is off by less than
-    1.5 * 2^-24 ulp. x / DIVISOR is at least 1 / (2 * DIVISOR) ulp from the midpoint of two floats, because DIVISOR times
-    a midpoint has more than 24 bits and is not x.
+    1.5 * 2^-24 ulp. x / DIVISOR is at least 1 / (2 * DIVISOR) ulp from the midpoint of two floats, because DIVISOR
+    times a midpoint has more than 24 bits and is not x.
     """
     if (DIVISOR & (DIVISOR - 1)) == 0:
         return x * (1.0 / DIVISOR)
