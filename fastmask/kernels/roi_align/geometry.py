@@ -206,6 +206,18 @@ def level_of(box, num_images, THRESHOLDS: tl.constexpr, LEVELS: tl.constexpr):
     return tl.where(pooled, image, 0).to(tl.int64), tl.where(pooled, level, 0), pooled
 
 
+class Bins(NamedTuple):
+    """What the bins along one axis of a box share."""
+
+    start: Any  # of the box, in feature pixels
+    bin: Any  # size of a bin
+    grid: Any  # samples of a bin
+    per_grid: Any  # 1 / grid
+    step: Any  # between samples
+    per_step: Any  # 1 / step
+    extent: Any  # pixels of the level
+
+
 class Axis(NamedTuple):
     """The bins along one axis of boxes, as kernels hold them."""
 
@@ -219,29 +231,44 @@ class Axis(NamedTuple):
 
 
 @jit()
-def axis_of(start, end, p, extent, BINS: tl.constexpr, RATIO: tl.constexpr, ALIGNED: tl.constexpr):
-    """The `Axis` of bins `p` of boxes from `start` to `end`, which are finite."""
+def bins_along(start, end, extent, BINS: tl.constexpr, RATIO: tl.constexpr, ALIGNED: tl.constexpr):
+    """The `Bins` of boxes from `start` to `end`, which are finite."""
     size = end - start
     if not ALIGNED:
         size = tl.maximum(size, 1.0)
     # Not tiny, as `divide_by_constant` needs: aligned corners are multiples of 2^-25.
     bin = divide_by_constant(size, BINS)
-    base = start + p * bin
     if RATIO > 0:
-        grid = tl.full(base.shape, RATIO, base.dtype)
-        per_grid = tl.full(base.shape, 1.0 / RATIO, base.dtype)
+        grid = tl.full(bin.shape, RATIO, bin.dtype)
+        per_grid = tl.full(bin.shape, 1.0 / RATIO, bin.dtype)
+        return Bins(start, bin, grid, per_grid, bin, bin, extent)
+    grid = tl.maximum(tl.ceil(bin), 0.0)
+    samples = tl.maximum(grid, 1.0)
+    per_grid = divide(samples * 0 + 1.0, samples)
+    step = tl.where(grid > 0, divide_by_reciprocal(bin, samples, per_grid), 1.0)
+    return Bins(start, bin, grid, per_grid, step, divide(samples * 0 + 1.0, step), extent)
+
+
+@jit()
+def axis_at(bins, p, RATIO: tl.constexpr):
+    """The `Axis` of bins p."""
+    base = bins.start + p * bins.bin
+    grid, extent = bins.grid, bins.extent
+    if RATIO > 0:
         skipped = tl.full(base.shape, 0, base.dtype)
-        visited = grid
+        visited = tl.full(base.shape, RATIO, base.dtype)
     else:
-        grid = tl.maximum(tl.ceil(bin), 0.0)
-        samples = tl.maximum(grid, 1.0)
-        step = divide(bin, samples)
-        safe = tl.where(grid > 0, step, 1.0)
-        skipped = tl.minimum(tl.maximum(tl.floor(divide(-1 - base, safe) - 2), 0.0), grid)
-        end_visit = tl.minimum(tl.maximum(tl.ceil(divide(extent - base, safe) + 2), skipped), grid)
-        visited = end_visit - skipped
-        per_grid = divide(samples * 0 + 1.0, samples)
-    return Axis(base, bin, grid, skipped, visited, extent, per_grid)
+        first = divide_by_reciprocal(-1 - base, bins.step, bins.per_step)
+        last = divide_by_reciprocal(extent - base, bins.step, bins.per_step)
+        skipped = tl.minimum(tl.maximum(tl.floor(first - 2), 0.0), grid)
+        visited = tl.minimum(tl.maximum(tl.ceil(last + 2), skipped), grid) - skipped
+    return Axis(base, bins.bin, grid, skipped, visited, extent, bins.per_grid)
+
+
+@jit()
+def axis_of(start, end, p, extent, BINS: tl.constexpr, RATIO: tl.constexpr, ALIGNED: tl.constexpr):
+    """The `Axis` of bins `p` of boxes from `start` to `end`."""
+    return axis_at(bins_along(start, end, extent, BINS, RATIO, ALIGNED), p, RATIO)
 
 
 @jit()
@@ -263,8 +290,10 @@ def position_of(axis, sample, RATIO: tl.constexpr = 0):
 
 @jit()
 def neighbours(axis, sample, RATIO: tl.constexpr = 0):
-    """Low and high neighbour of a visited sample along an axis, and their weights (0 outside the level)."""
+    """Low and high neighbour of a sample along an axis, and their weights: 0 outside the level, or if not visited."""
     position, inside = position_of(axis, sample, RATIO)
+    if RATIO == 0:
+        inside &= sample < axis.visited
     low = position.to(tl.int32)
     fraction = position - low
     high = tl.minimum(low + 1, axis.extent - 1)
