@@ -37,6 +37,7 @@ from benchmarks.harness.workloads import ADVERSARIAL, C4, DTYPES, IMAGE, LAYOUTS
 from benchmarks.reporting.results import FASTMASK
 from fastmask.kernels.roi_align.op import RoIAlignSpec
 from fastmask.kernels.roi_align.reference import roi_align_reference
+from tests.oracles import roi_align_forward
 from tests.oracles.roi_align import check_large_map, draw_boxes, draw_pyramid
 
 SAMPLES = 2  # torchvision's default
@@ -288,4 +289,5 @@ OPERATOR = Operator(
     },
     check_random=_check_random,
     check_large=partial(check_large_map, fastmask.roi_align),
+    variants=roi_align_forward.VARIANTS,
 )

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from fastmask.kernels.roi_align.op import RoIAlignSpec
 
 # Chosen by compiling and by counting what is executed; not yet measured on a GPU. A thread has 16 bytes of channels of
-# one bin in each of 4 lines of 128 bytes: it computes the geometry of a bin once for 64 bytes, and reads a pixel's lines
-# at constant offsets. On sm_90, 2 warps pool 8 bins of 256 bfloat16 channels in 1285 instructions (ratio 2).
+# one bin in each of 4 lines of 128 bytes: it computes the geometry of a bin once for 64 bytes, and reads the lines of a
+# pixel at constant offsets. On sm_90, 2 warps pool 8 bins of 256 bfloat16 channels in 1285 instructions (ratio 2).
 BINS_PER_TILE = 8
 LINE_BYTES = 128
 LINES_PER_PROGRAM = 4
@@ -42,6 +42,7 @@ NUM_WARPS = 2
 # One program takes all tiles of a box, so that neighbouring bins read each other's pixels from the L1 cache, unless
 # there would be fewer programs than this: 132 SMs hold 8 each. Adaptive grids need more programs to balance the SMs.
 PROGRAMS, PROGRAMS_ADAPTIVE = 132 * 8, 132 * 32
+MAX_NARROW_OFFSET = 2**31 - 1  # elements of an image's level; offsets in larger levels are 64 bits wide
 
 
 @jit()
@@ -176,11 +177,12 @@ def launch_roi_align(features: Sequence[Tensor], boxes: Tensor, spec: RoIAlignSp
     lines = min(LINES_PER_PROGRAM, next_power_of_2(ceil_div(channels, line)))
     tiles = ceil_div(spec.pooled_height * spec.pooled_width, BINS_PER_TILE)
     programs = PROGRAMS if spec.sampling_ratio > 0 else PROGRAMS_ADAPTIVE
-    tiles_per_program = ceil_div(tiles, ceil_div(programs, len(boxes)))
+    channel_blocks = ceil_div(channels, line * lines)
+    tiles_per_program = ceil_div(tiles, ceil_div(programs, len(boxes) * channel_blocks))
     sizes = [feature.shape[2:] for feature in features]
     largest = max(height * width for height, width in sizes) * channels
     with on_device_of(boxes):
-        _roi_align_forward_kernel[(len(boxes), ceil_div(tiles, tiles_per_program), ceil_div(channels, line * lines))](
+        _roi_align_forward_kernel[(len(boxes), ceil_div(tiles, tiles_per_program), channel_blocks)](
             tuple(feature.contiguous(memory_format=torch.channels_last) for feature in features),
             boxes.contiguous(),
             output,
@@ -198,7 +200,7 @@ def launch_roi_align(features: Sequence[Tensor], boxes: Tensor, spec: RoIAlignSp
             THRESHOLDS=spec.thresholds(boxes.dtype),
             CHANNELS_LAST=not output.is_contiguous(),
             COMPUTE=triton_dtype(output.dtype),
-            OFFSET=tl.int32 if largest < 2**31 else tl.int64,
+            OFFSET=tl.int32 if largest <= MAX_NARROW_OFFSET else tl.int64,
             BINS=BINS_PER_TILE,
             LINES=lines,
             CHANNELS=line,
