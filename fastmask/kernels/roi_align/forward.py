@@ -32,12 +32,12 @@ from fastmask.kernels.roi_align.geometry import (
 if TYPE_CHECKING:
     from fastmask.kernels.roi_align.op import RoIAlignSpec
 
-# Chosen by compiling and by counting what is executed; not yet measured on a GPU. A thread has 16 bytes of channels of
-# one bin in each of 4 lines of 128 bytes: it computes the geometry of a bin once for 64 bytes, and reads the lines of a
-# pixel at constant offsets. On sm_90, 2 warps pool 8 bins of 256 bfloat16 channels in 1285 instructions (ratio 2).
+# Chosen by compiling and by counting what is executed; not yet measured on a GPU. A thread has 32 channels of one bin, 16
+# bytes in each line of 128: the geometry of a bin is computed once for all of them, and the lines of a pixel are read at
+# constant offsets. On sm_90, 2 warps pool 8 bins of 256 bfloat16 channels in 1285 instructions (ratio 2).
 BINS_PER_TILE = 8
 LINE_BYTES = 128
-LINES_PER_PROGRAM = 4
+LINES_PER_PROGRAM = {2: 4, 4: 8, 8: 8}  # by the bytes of an element
 NUM_WARPS = 2
 # One program takes all tiles of a box, so that neighbouring bins read each other's pixels from the L1 cache, unless
 # there would be fewer programs than this: 132 SMs hold 8 each. Adaptive grids need more programs to balance the SMs.
@@ -174,7 +174,8 @@ def launch_roi_align(features: Sequence[Tensor], boxes: Tensor, spec: RoIAlignSp
         return output, argmax
     num_images, channels = features[0].shape[:2]
     line = min(LINE_BYTES // output.element_size(), next_power_of_2(channels))
-    lines = min(LINES_PER_PROGRAM, next_power_of_2(ceil_div(channels, line)))
+    lines = LINES_PER_PROGRAM[output.element_size()] // (2 if spec.reduction == "max" else 1)  # room for the winners
+    lines = min(lines, next_power_of_2(ceil_div(channels, line)))
     tiles = ceil_div(spec.pooled_height * spec.pooled_width, BINS_PER_TILE)
     programs = PROGRAMS if spec.sampling_ratio > 0 else PROGRAMS_ADAPTIVE
     channel_blocks = ceil_div(channels, line * lines)
