@@ -12,6 +12,7 @@ import torchvision
 
 from fastmask import multiscale_roi_align, roi_align
 from fastmask.kernels.roi_align import forward
+from fastmask.kernels.roi_align.op import RoIAlignSpec, roi_align_operator
 from tests.oracles.budget import assert_within_budget
 from tests.oracles.roi_align import as_rows, draw_pyramid, roi_align_matrices
 
@@ -77,8 +78,14 @@ def check(
     rows = torch.cat([as_rows(feature) for feature in features])
     exact, bound = torch.cat(matrices, 1) @ rows, torch.cat(bounds, 1) @ rows.abs()
     grid = (len(boxes), pooled[0], split, pooled[1], split, channels)
-    exact, bound = (samples.view(grid).amax((2, 4)).flatten(0, 2) for samples in (exact, bound))
+    samples, bounds = (rows.view(grid).transpose(2, 3).flatten(3, 4) for rows in (exact, bound))
+    exact, bound = (rows.amax(3).flatten(0, 2) for rows in (samples, bounds))
     assert_within_budget(as_rows(actual), exact, bound, dtype)
+    if reduction == "max":
+        spec = RoIAlignSpec(*pooled, scales, ratio, aligned, reduction, CANONICAL_SIZE, 3)
+        _, argmax = roi_align_operator(moved, boxes.to(device), *spec)
+        winner = argmax.permute(0, 2, 3, 1)[:, :, :, None].long().cpu()
+        assert_within_budget(samples.gather(3, winner).flatten(0, 3), exact, bound, dtype)
 
 
 def check_adaptive_maximum(device: str, dtype: torch.dtype) -> None:

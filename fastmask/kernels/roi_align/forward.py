@@ -32,9 +32,9 @@ from fastmask.kernels.roi_align.geometry import (
 if TYPE_CHECKING:
     from fastmask.kernels.roi_align.op import RoIAlignSpec
 
-# Chosen by compiling and by counting what is executed; not yet measured on a GPU. A thread has 32 channels of one bin, 16
-# bytes in each line of 128: the geometry of a bin is computed once for all of them, and the lines of a pixel are read at
-# constant offsets. On sm_90, 2 warps pool 8 bins of 256 bfloat16 channels in 1285 instructions (ratio 2).
+# Chosen by compiling and by counting what is executed; not yet measured on a GPU. A thread has 32 channels of one bin,
+# 16 bytes in each line of 128: the geometry of a bin is computed once for all of them, and a pixel's lines are read
+# at constant offsets. On sm_90, 2 warps pool 8 bins of 256 bfloat16 channels in 1285 instructions (ratio 2).
 BINS_PER_TILE = 8
 LINE_BYTES = 128
 LINES_PER_PROGRAM = {2: 4, 4: 8, 8: 8}  # by the bytes of an element
@@ -128,35 +128,30 @@ def _roi_align_forward_kernel(
             clamped = tl.minimum(bin, PH * PW - 1)
             row = axis_at(rows, (clamped // PW).to(COMPUTE), RATIO)
             column = axis_at(columns, (clamped % PW).to(COMPUTE), RATIO)
-            if RATIO > 0 and RATIO <= 3:  # unrolled; larger grids would take too long to compile
+            if REDUCTION == "mean" and RATIO > 0 and RATIO <= 3:  # unrolled; more would take too long to compile
                 for i in tl.static_range(RATIO):
-                    y = neighbours(row, i, RATIO)
+                    y = _scale(neighbours(row, i, RATIO), 1.0 / (RATIO * RATIO))
                     for j in tl.static_range(RATIO):
                         x = neighbours(column, j, RATIO)
-                        if REDUCTION == "max":
-                            sampled = _add_sample(tl.zeros_like(value), feature, line, y, x, width, mask, C, OFFSET)
-                            better = (sampled > value) | (i + j == 0)
-                            value = tl.where(better, sampled, value)
-                            winner = tl.where(better, i * RATIO + j, winner)
-                        else:
-                            value = _add_sample(
-                                value, feature, line, _scale(y, 1.0 / (RATIO * RATIO)), x, width, mask, C, OFFSET
-                            )
+                        value = _add_sample(value, feature, line, y, x, width, mask, C, OFFSET)
             else:
-                for i in range(tl.max(row.visited, 0).to(tl.int32)):
+                across = column.visited.to(tl.int32)
+                num_rows = RATIO if RATIO > 0 else tl.max(row.visited, 0).to(tl.int32)
+                num_columns = RATIO if RATIO > 0 else tl.max(across, 0)
+                for i in range(num_rows):
                     y = neighbours(row, i, RATIO)
                     if REDUCTION == "mean":
                         y = _scale(y, per_sample)
-                    for j in range(tl.max(column.visited, 0).to(tl.int32)):
+                    for j in range(num_columns):
                         x = neighbours(column, j, RATIO)
-                        if REDUCTION == "max":
+                        if REDUCTION == "mean":
+                            value = _add_sample(value, feature, line, y, x, width, mask, C, OFFSET)
+                        else:
                             sampled = _add_sample(tl.zeros_like(value), feature, line, y, x, width, mask, C, OFFSET)
-                            visited = ((i < row.visited) & (j < column.visited))[:, None, None]
+                            visited = ((i < row.visited) & (j < across))[:, None, None]
                             better = visited & ((sampled > value) | (i + j == 0))
                             value = tl.where(better, sampled, value)
-                            winner = tl.where(better, (i * column.visited.to(tl.int32) + j)[:, None, None], winner)
-                        else:
-                            value = _add_sample(value, feature, line, y, x, width, mask, C, OFFSET)
+                            winner = tl.where(better, (i * across + j)[:, None, None], winner)
 
         stored = (bin < PH * PW)[:, None, None]
         if mask is not None:
