@@ -283,8 +283,8 @@ OPERATOR = Operator(
             "hip": Limit(152, wide_loads=True),
         },
         "_roi_align_forward_kernel": {
-            "cuda": Limit(168, wide_loads=True, wide_stores=True),
-            "hip": Limit(88, wide_loads=True, wide_stores=True),
+            "cuda": Limit(144, wide_loads=True, wide_stores=True),
+            "hip": Limit(176, wide_loads=True, wide_stores=True),
         },
     },
     check_random=_check_random,

@@ -60,7 +60,7 @@ def _add_sample(value, feature, line, y, x, width, mask, C: tl.constexpr, OFFSET
         for column in tl.static_range(2):
             offset = (y[row].to(OFFSET) * width + x[column]) * C
             weight = y[2 + row] * x[2 + column]
-            pixel = feature + offset[:, None, None] + line.to(tl.int64)
+            pixel = feature + offset[:, None, None] + line
             loaded = tl.load(pixel) if mask is None else tl.load(pixel, mask=mask, other=0.0)
             value = tl.fma(_to_float(loaded, value.dtype), weight[:, None, None], value)
     return value
