@@ -38,7 +38,7 @@ from benchmarks.harness.workloads import ADVERSARIAL, C4, DTYPES, IMAGE, LAYOUTS
 from benchmarks.reporting.results import FASTMASK
 from fastmask.kernels.roi_align.op import RoIAlignSpec
 from fastmask.kernels.roi_align.reference import roi_align_reference
-from tests.oracles import roi_align_box_gradient
+from tests.oracles import roi_align_box_gradient, roi_align_forward
 from tests.oracles.roi_align import check_large_map, draw_boxes, draw_pyramid
 
 SAMPLES = 2  # torchvision's default
@@ -329,13 +329,13 @@ OPERATOR = Operator(
             "hip": Limit(80),
         },
         "_roi_align_forward_kernel": {
-            "cuda": Limit(168, wide_loads=True, wide_stores=True),
-            "hip": Limit(88, wide_loads=True, wide_stores=True),
+            "cuda": Limit(144, wide_loads=True, wide_stores=True),
+            "hip": Limit(176, wide_loads=True, wide_stores=True),
         },
     },
     check_random=_check_random,
     check_large=partial(check_large_map, fastmask.roi_align),
-    variants=roi_align_box_gradient.VARIANTS,
+    variants=roi_align_forward.VARIANTS | roi_align_box_gradient.VARIANTS,
     models=model_roi_align.MODELS,
     targets=model_roi_align.TARGETS,
 )

@@ -8,6 +8,7 @@ import torchvision
 
 from fastmask import multiscale_roi_align, roi_align
 from fastmask.kernels.roi_align import backward as roi_align_backward
+from fastmask.kernels.roi_align import forward as roi_align_forward
 from fastmask.kernels.roi_align import geometry as roi_align_geometry
 from fastmask.kernels.roi_align import reference as roi_align_reference
 from tests.oracles.budget import assert_within_budget
@@ -305,6 +306,18 @@ def test_a_gradient_of_stride_zero(device):
     out = roi_align(leaf, draw_boxes(3, 2, 8, seed=2).to(device), 2)
     (expanded,) = torch.autograd.grad(out.sum(), leaf, retain_graph=True)
     assert torch.equal(expanded, torch.autograd.grad(out, leaf, torch.ones_like(out))[0])
+
+
+@pytest.mark.parametrize("ratio", [2, 0])
+def test_the_bits_do_not_depend_on_how_bins_are_divided_among_programs(ratio, device, monkeypatch):
+    features = [feature.to(device) for feature in draw_pyramid([(9, 13), (5, 7)], channels=3)]
+    boxes = draw_boxes(4, 2, 40, seed=6).to(device)
+    runs = []
+    for programs in (1, 8, 1000):  # all tiles of a box, two of its four, one
+        monkeypatch.setattr(roi_align_forward, "PROGRAMS", programs)
+        monkeypatch.setattr(roi_align_forward, "PROGRAMS_ADAPTIVE", programs)
+        runs.append(multiscale_roi_align(features, boxes, 5, SCALES, ratio, canonical_box_size=24, canonical_level=3))
+    assert all(torch.equal(run, runs[0]) for run in runs)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "max"])

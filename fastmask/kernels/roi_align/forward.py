@@ -1,4 +1,4 @@
-"""RoIAlign's forward kernel: a program pools a block of bins and channels of one box from its level."""
+"""RoIAlign's forward kernel: a program pools the bins of one box, or a part of them, tile by tile."""
 
 from __future__ import annotations
 
@@ -19,38 +19,60 @@ from fastmask.kernels._runtime import (
     tl,
     triton_dtype,
 )
-from fastmask.kernels.roi_align.geometry import axis_of, finite_box, level_of, neighbours, scaled_box, size_of
+from fastmask.kernels.roi_align.geometry import (
+    axis_at,
+    bins_along,
+    finite_box,
+    level_of,
+    neighbours,
+    scaled_box,
+    size_of,
+)
 
 if TYPE_CHECKING:
     from fastmask.kernels.roi_align.op import RoIAlignSpec
 
-# [bins x channels] of a program. Chosen by compiling: 16 sums a thread, all loads 16 bytes, see
-# docs/compile_report.md; not yet measured on a GPU.
-BINS_PER_PROGRAM = 8
-CHANNELS_PER_PROGRAM = {2: 256, 4: 256, 8: 64}  # by the bytes of an element
-NUM_WARPS = 4
+# Chosen by compiling and by counting what is executed; not yet measured on a GPU. A thread has 32 channels of one bin,
+# 16 bytes in each line of 128: the geometry of a bin is computed once for all of them, and a pixel's lines are read
+# at constant offsets. On sm_90, 2 warps pool 8 bins of 256 bfloat16 channels in 1285 instructions (ratio 2).
+BINS_PER_TILE = 8
+LINE_BYTES = 128
+LINES_PER_PROGRAM = {2: 4, 4: 8, 8: 8}  # by the bytes of an element
+NUM_WARPS = 2
+# One program takes all tiles of a box, so that neighbouring bins read each other's pixels from the L1 cache, unless
+# there would be fewer programs than this: 132 SMs hold 8 each. Adaptive grids need more programs to balance the SMs.
+PROGRAMS, PROGRAMS_ADAPTIVE = 132 * 8, 132 * 32
+MAX_NARROW_OFFSET = 2**31 - 1  # elements of an image's level; offsets in larger levels are 64 bits wide
 
 
 @jit()
-def _sample(feature, y, x, width, channel, mask, C: tl.constexpr):
-    """Interpolated values `[bins, channels]` at a sample of each bin; y and x are its `neighbours` along the axes."""
-    dtype = y[2].dtype
-    value = tl.zeros((y[0].shape[0], channel.shape[0]), dtype)
+def _to_float(x, COMPUTE: tl.constexpr):
+    """x in COMPUTE. A bfloat16 is the upper half of a float32: shifting needs fewer instructions than converting."""
+    if x.dtype == tl.bfloat16:
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return x.to(COMPUTE)
+
+
+@jit()
+def _add_sample(value, feature, line, y, x, width, mask, C: tl.constexpr, OFFSET: tl.constexpr):
+    """`value [bins, lines, channels]` plus the feature at a sample of each bin; y and x are its `neighbours`."""
     for row in tl.static_range(2):
         for column in tl.static_range(2):
-            pixel = feature + (y[row].to(tl.int64) * width + x[column])[:, None] * C + channel[None, :]
-            loaded = tl.load(pixel) if mask is None else tl.load(pixel, mask=mask[None, :], other=0.0)
-            value = tl.fma(loaded.to(dtype), (y[2 + row] * x[2 + column])[:, None], value)
+            offset = (y[row].to(OFFSET) * width + x[column]) * C
+            weight = y[2 + row] * x[2 + column]
+            pixel = feature + offset[:, None, None] + line
+            loaded = tl.load(pixel) if mask is None else tl.load(pixel, mask=mask, other=0.0)
+            value = tl.fma(_to_float(loaded, value.dtype), weight[:, None, None], value)
     return value
 
 
 @jit()
-def _mask_weights(visited, taps):
-    """Neighbours with weight 0 for bins that have no such sample."""
-    return taps[0], taps[1], tl.where(visited, taps[2], 0.0), tl.where(visited, taps[3], 0.0)
+def _scale(neighbours, factor):
+    """Neighbours with their weights times a factor."""
+    return neighbours[0], neighbours[1], neighbours[2] * factor, neighbours[3] * factor
 
 
-@jit(do_not_specialize=["num_images"])
+@jit(do_not_specialize=["num_images", "tiles_per_program"])
 def _roi_align_forward_kernel(
     features,  # L of [N, H_l, W_l, C]
     boxes,  # [K, 5] of COMPUTE
@@ -59,6 +81,7 @@ def _roi_align_forward_kernel(
     sizes,  # L packed (H_l, W_l)
     num_images,
     scales,  # L float64 bits
+    tiles_per_program,
     C: tl.constexpr,
     PH: tl.constexpr,
     PW: tl.constexpr,
@@ -68,14 +91,17 @@ def _roi_align_forward_kernel(
     THRESHOLDS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,  # the output
     COMPUTE: tl.constexpr,
+    OFFSET: tl.constexpr,  # the dtype of offsets in an image's level
     BINS: tl.constexpr,
+    LINES: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    BLOCKS: tl.constexpr = (PH * PW + BINS - 1) // BINS
-    k = (tl.program_id(0) // BLOCKS).to(tl.int64)
-    bin = tl.program_id(0) % BLOCKS * BINS + tl.arange(0, BINS)
-    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    mask = None if C % CHANNELS == 0 else channel < C
+    TILES: tl.constexpr = (PH * PW + BINS - 1) // BINS
+    k = tl.program_id(0).to(tl.int64)
+    line = tl.arange(0, LINES)[None, :, None] * CHANNELS
+    in_line = tl.program_id(2) * (LINES * CHANNELS) + tl.arange(0, CHANNELS)[None, None, :]
+    channel = line + in_line
+    mask = None if C % (LINES * CHANNELS) == 0 else channel < C
 
     box = boxes + k * 5
     image, level, pooled = level_of(box, num_images, THRESHOLDS, len(features))
@@ -84,52 +110,56 @@ def _roi_align_forward_kernel(
         if level == index:
             feature, packed, scale = features[index], sizes[index], scales[index]
     height, width = size_of(packed)
-    feature += image * height * width * C
-
-    value = tl.zeros((BINS, CHANNELS), COMPUTE)
-    winner = tl.zeros((BINS, CHANNELS), tl.int32)
+    feature += image * height * width * C + in_line
     x1, y1, x2, y2 = scaled_box(box, float_of(scale, COMPUTE), ALIGNED)
-    if pooled & finite_box(x1, y1, x2, y2) & (height > 0) & (width > 0):
-        row, column = (bin // PW).to(COMPUTE), (bin % PW).to(COMPUTE)
-        rows = axis_of(y1, y2, row, height, PH, RATIO, ALIGNED)
-        columns = axis_of(x1, x2, column, width, PW, RATIO, ALIGNED)
-        if RATIO > 0 and RATIO <= 3:  # unrolled; larger grids would take too long to compile
-            for i in tl.static_range(RATIO):
-                y = neighbours(rows, i)
-                for j in tl.static_range(RATIO):
-                    x = neighbours(columns, j)
-                    sampled = _sample(feature, y, x, width, channel, mask, C)
-                    if REDUCTION == "max":
-                        better = (sampled > value) | (i + j == 0)
-                        value = tl.where(better, sampled, value)
-                        winner = tl.where(better, i * RATIO + j, winner)
-                    else:
-                        value += sampled
-        else:
-            for i in range(tl.max(rows.visited, 0).to(tl.int32)):
-                y = _mask_weights(i < rows.visited, neighbours(rows, i))
-                for j in range(tl.max(columns.visited, 0).to(tl.int32)):
-                    x = _mask_weights(j < columns.visited, neighbours(columns, j))
-                    sampled = _sample(feature, y, x, width, channel, mask, C)
-                    if REDUCTION == "max":
-                        visited = ((i < rows.visited) & (j < columns.visited))[:, None]
-                        better = visited & ((sampled > value) | (i + j == 0))
-                        value = tl.where(better, sampled, value)
-                        winner = tl.where(better, (i * columns.visited.to(tl.int32) + j)[:, None], winner)
-                    else:
-                        value += sampled
-        if REDUCTION == "mean":
-            value = divide(value, tl.maximum(rows.grid * columns.grid, 1.0)[:, None])
+    pooled = pooled & finite_box(x1, y1, x2, y2) & (height > 0) & (width > 0)
+    rows = bins_along(y1, y2, height, PH, RATIO, ALIGNED)
+    columns = bins_along(x1, x2, width, PW, RATIO, ALIGNED)
+    per_sample = divide(x1 * 0 + 1.0, tl.maximum(rows.grid * columns.grid, 1.0))
+    output += k * (PH * PW * C)
+    argmax += k * (PH * PW * C)
 
-    start = k * (PH * PW * C)
-    if CHANNELS_LAST:
-        index = start + (bin * C)[:, None] + channel[None, :]
-    else:
-        index = start + bin[:, None] + (channel * (PH * PW))[None, :]
-    stored = (bin < PH * PW)[:, None] if mask is None else (bin < PH * PW)[:, None] & mask[None, :]
-    tl.store(output + index, value.to(output.dtype.element_ty), mask=stored)
-    if REDUCTION == "max":
-        tl.store(argmax + index, winner, mask=stored)
+    first = tl.program_id(1) * tiles_per_program
+    for tile in range(first, tl.minimum(first + tiles_per_program, TILES)):
+        bin = tile * BINS + tl.arange(0, BINS)
+        value = tl.zeros((BINS, LINES, CHANNELS), COMPUTE)
+        winner = tl.zeros((BINS, LINES, CHANNELS), tl.int32)
+        if pooled:
+            clamped = tl.minimum(bin, PH * PW - 1)
+            row = axis_at(rows, (clamped // PW).to(COMPUTE), RATIO)
+            column = axis_at(columns, (clamped % PW).to(COMPUTE), RATIO)
+            if REDUCTION == "mean" and RATIO > 0 and RATIO <= 3:  # unrolled; more would take too long to compile
+                for i in tl.static_range(RATIO):
+                    y = _scale(neighbours(row, i, RATIO), 1.0 / (RATIO * RATIO))
+                    for j in tl.static_range(RATIO):
+                        x = neighbours(column, j, RATIO)
+                        value = _add_sample(value, feature, line, y, x, width, mask, C, OFFSET)
+            else:
+                across = column.visited.to(tl.int32)
+                num_rows = RATIO if RATIO > 0 else tl.max(row.visited, 0).to(tl.int32)
+                num_columns = RATIO if RATIO > 0 else tl.max(across, 0)
+                for i in range(num_rows):
+                    y = neighbours(row, i, RATIO)
+                    if REDUCTION == "mean":
+                        y = _scale(y, per_sample)
+                    for j in range(num_columns):
+                        x = neighbours(column, j, RATIO)
+                        if REDUCTION == "mean":
+                            value = _add_sample(value, feature, line, y, x, width, mask, C, OFFSET)
+                        else:
+                            sampled = _add_sample(tl.zeros_like(value), feature, line, y, x, width, mask, C, OFFSET)
+                            visited = ((i < row.visited) & (j < across))[:, None, None]
+                            better = visited & ((sampled > value) | (i + j == 0))
+                            value = tl.where(better, sampled, value)
+                            winner = tl.where(better, (i * across + j)[:, None, None], winner)
+
+        stored = (bin < PH * PW)[:, None, None]
+        if mask is not None:
+            stored &= mask
+        place = bin[:, None, None] * C + channel if CHANNELS_LAST else bin[:, None, None] + channel * (PH * PW)
+        tl.store(output + place, value.to(output.dtype.element_ty), mask=stored)
+        if REDUCTION == "max":
+            tl.store(argmax + place, winner, mask=stored)
 
 
 def launch_roi_align(features: Sequence[Tensor], boxes: Tensor, spec: RoIAlignSpec) -> tuple[Tensor, Tensor]:
@@ -137,18 +167,26 @@ def launch_roi_align(features: Sequence[Tensor], boxes: Tensor, spec: RoIAlignSp
     output, argmax = spec.empty_outputs(features, boxes)
     if not output.numel():
         return output, argmax
-    channels = features[0].shape[1]
-    block = min(CHANNELS_PER_PROGRAM[output.element_size()], next_power_of_2(channels))
-    bin_blocks = ceil_div(spec.pooled_height * spec.pooled_width, BINS_PER_PROGRAM)
+    num_images, channels = features[0].shape[:2]
+    line = min(LINE_BYTES // output.element_size(), next_power_of_2(channels))
+    lines = LINES_PER_PROGRAM[output.element_size()] // (2 if spec.reduction == "max" else 1)  # room for the winners
+    lines = min(lines, next_power_of_2(ceil_div(channels, line)))
+    tiles = ceil_div(spec.pooled_height * spec.pooled_width, BINS_PER_TILE)
+    programs = PROGRAMS if spec.sampling_ratio > 0 else PROGRAMS_ADAPTIVE
+    channel_blocks = ceil_div(channels, line * lines)
+    tiles_per_program = ceil_div(tiles, ceil_div(programs, len(boxes) * channel_blocks))
+    sizes = [feature.shape[2:] for feature in features]
+    largest = max(height * width for height, width in sizes) * channels
     with on_device_of(boxes):
-        _roi_align_forward_kernel[(len(boxes) * bin_blocks, ceil_div(channels, block))](
+        _roi_align_forward_kernel[(len(boxes), ceil_div(tiles, tiles_per_program), channel_blocks)](
             tuple(feature.contiguous(memory_format=torch.channels_last) for feature in features),
             boxes.contiguous(),
             output,
             argmax,
-            tuple(pack_size(*feature.shape[2:]) for feature in features),
-            features[0].shape[0],
+            tuple(pack_size(height, width) for height, width in sizes),
+            num_images,
             spec.scale_bits(),
+            tiles_per_program,
             C=channels,
             PH=spec.pooled_height,
             PW=spec.pooled_width,
@@ -158,8 +196,10 @@ def launch_roi_align(features: Sequence[Tensor], boxes: Tensor, spec: RoIAlignSp
             THRESHOLDS=spec.thresholds(boxes.dtype),
             CHANNELS_LAST=not output.is_contiguous(),
             COMPUTE=triton_dtype(output.dtype),
-            BINS=BINS_PER_PROGRAM,
-            CHANNELS=block,
+            OFFSET=tl.int32 if largest <= MAX_NARROW_OFFSET else tl.int64,
+            BINS=BINS_PER_TILE,
+            LINES=lines,
+            CHANNELS=line,
             num_warps=NUM_WARPS,
             enable_fp_fusion=False,
         )

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from fastmask.kernels._rois import image_indices
-from fastmask.kernels._runtime import divide, float_of, jit, tl
+from fastmask.kernels._runtime import divide, divide_by_constant, divide_by_reciprocal, float_of, jit, tl
 from fastmask.kernels.roi_align.levels import assign_fpn_levels
 
 if TYPE_CHECKING:
@@ -230,6 +230,18 @@ def level_of(box, num_images, THRESHOLDS: tl.constexpr, LEVELS: tl.constexpr):
     return tl.where(pooled, image, 0).to(tl.int64), tl.where(pooled, level, 0), pooled
 
 
+class Bins(NamedTuple):
+    """What the bins along one axis of a box share."""
+
+    start: Any  # of the box, in feature pixels
+    bin: Any  # size of a bin
+    grid: Any  # samples of a bin
+    per_grid: Any  # 1 / grid
+    step: Any  # between samples
+    per_step: Any  # 1 / step
+    extent: Any  # pixels of the level
+
+
 class Axis(NamedTuple):
     """The bins along one axis of boxes, as kernels hold them."""
 
@@ -239,42 +251,73 @@ class Axis(NamedTuple):
     skipped: Any  # samples before the first that is visited
     visited: Any  # samples that are visited
     extent: Any  # pixels of the level
+    per_grid: Any  # 1 / grid
+
+
+@jit()
+def bins_along(start, end, extent, BINS: tl.constexpr, RATIO: tl.constexpr, ALIGNED: tl.constexpr):
+    """The `Bins` of boxes from `start` to `end`, which are finite."""
+    size = end - start
+    if not ALIGNED:
+        size = tl.maximum(size, 1.0)
+    # Not tiny, as `divide_by_constant` needs: aligned corners are multiples of 2^-25.
+    bin = divide_by_constant(size, BINS)
+    if RATIO > 0:
+        grid = tl.full(bin.shape, RATIO, bin.dtype)
+        per_grid = tl.full(bin.shape, 1.0 / RATIO, bin.dtype)
+        return Bins(start, bin, grid, per_grid, bin, bin, extent)
+    grid = tl.maximum(tl.ceil(bin), 0.0)
+    samples = tl.maximum(grid, 1.0)
+    per_grid = divide(samples * 0 + 1.0, samples)
+    step = tl.where(grid > 0, divide_by_reciprocal(bin, samples, per_grid), 1.0)
+    return Bins(start, bin, grid, per_grid, step, divide(samples * 0 + 1.0, step), extent)
+
+
+@jit()
+def axis_at(bins, p, RATIO: tl.constexpr):
+    """The `Axis` of bins p."""
+    base = bins.start + p * bins.bin
+    grid, extent = bins.grid, bins.extent
+    if RATIO > 0:
+        skipped = tl.full(base.shape, 0, base.dtype)
+        visited = tl.full(base.shape, RATIO, base.dtype)
+    else:
+        first = divide_by_reciprocal(-1 - base, bins.step, bins.per_step)
+        last = divide_by_reciprocal(extent - base, bins.step, bins.per_step)
+        skipped = tl.minimum(tl.maximum(tl.floor(first - 2), 0.0), grid)
+        visited = tl.minimum(tl.maximum(tl.ceil(last + 2), skipped), grid) - skipped
+    return Axis(base, bins.bin, grid, skipped, visited, extent, bins.per_grid)
 
 
 @jit()
 def axis_of(start, end, p, extent, BINS: tl.constexpr, RATIO: tl.constexpr, ALIGNED: tl.constexpr):
     """The `Axis` of bins `p` of boxes from `start` to `end`."""
-    size = end - start
-    if not ALIGNED:
-        size = tl.maximum(size, 1.0)
-    bin = divide(size, BINS * 1.0)
-    base = start + p * bin
-    if RATIO > 0:
-        grid = bin * 0 + RATIO
-        skipped = base * 0
-        visited = skipped + RATIO
-    else:
-        grid = tl.maximum(tl.ceil(bin), 0.0)
-        step = divide(bin, tl.maximum(grid, 1.0))
-        safe = tl.where(grid > 0, step, 1.0)
-        skipped = tl.minimum(tl.maximum(tl.floor(divide(-1 - base, safe) - 2), 0.0), grid)
-        end_visit = tl.minimum(tl.maximum(tl.ceil(divide(extent - base, safe) + 2), skipped), grid)
-        visited = end_visit - skipped
-    return Axis(base, bin, grid, skipped, visited, extent)
+    return axis_at(bins_along(start, end, extent, BINS, RATIO, ALIGNED), p, RATIO)
 
 
 @jit()
-def position_of(axis, sample):
+def divide_by_grid(x, axis, RATIO: tl.constexpr = 0):
+    """x / grid, rounded to nearest, for positions and weights; a positive RATIO is the grid of every bin."""
+    if RATIO > 0:
+        return divide_by_constant(x, RATIO)
+    return divide_by_reciprocal(x, tl.maximum(axis.grid, 1.0), axis.per_grid)
+
+
+@jit()
+def position_of(axis, sample, RATIO: tl.constexpr = 0):
     """Position of a visited sample, clamped to the level's pixel centres, and whether it was inside."""
-    position = axis.start + divide((axis.skipped + sample + 0.5) * axis.bin, axis.grid)
+    offset = divide_by_grid((axis.skipped + sample + 0.5) * axis.bin, axis, RATIO)
+    position = axis.start + offset
     inside = (position >= -1) & (position <= axis.extent)
     return tl.minimum(tl.maximum(position, 0.0), (axis.extent - 1).to(axis.start.dtype)), inside
 
 
 @jit()
-def neighbours(axis, sample):
-    """Low and high neighbour of a visited sample along an axis, and their weights (0 outside the level)."""
-    position, inside = position_of(axis, sample)
+def neighbours(axis, sample, RATIO: tl.constexpr = 0):
+    """Low and high neighbour of a sample along an axis, and their weights: 0 outside the level, or if not visited."""
+    position, inside = position_of(axis, sample, RATIO)
+    if RATIO == 0:
+        inside &= sample < axis.visited
     low = position.to(tl.int32)
     fraction = position - low
     high = tl.minimum(low + 1, axis.extent - 1)
