@@ -24,12 +24,13 @@ def launch_nms_padded(
 ) -> tuple[Tensor, Tensor]:
     """Indices `[B, max_output]` and counts `[B]`, without a host-device synchronisation."""
     batch, num_boxes = scores.shape
-    indices = torch.full((batch, spec.max_output), -1, dtype=torch.int64, device=boxes.device)
     if not batch * num_boxes * spec.max_output:
+        indices = torch.full((batch, spec.max_output), -1, dtype=torch.int64, device=boxes.device)
         return indices, torch.zeros(batch, dtype=torch.int64, device=boxes.device)
 
+    indices = torch.empty(batch, spec.max_output, dtype=torch.int64, device=boxes.device)
+    count = torch.empty(batch, dtype=torch.int64, device=boxes.device)
     candidates = _sorted(boxes, scores, classes, valid_mask(scores, counts, spec.score_threshold))
-    count = torch.empty_like(candidates.num_valid)
     launch = launch_scan if spec.max_output <= MAX_SINGLE_LAUNCH_OUTPUT else launch_bit_matrix
     with on_device_of(boxes):
         launch(candidates, spec.iou_threshold, indices, count)
@@ -37,10 +38,8 @@ def launch_nms_padded(
 
 
 def _sorted(boxes: Tensor, scores: Tensor, classes: Tensor | None, valid: Tensor | None) -> Candidates:
-    batch, num_boxes = scores.shape
-    if valid is None:
-        num_valid = torch.full((batch,), num_boxes, dtype=torch.int64, device=boxes.device)
-    else:
+    num_valid = None
+    if valid is not None:
         num_valid = valid.sum(1)
         # A valid score can be -inf only where `counts` alone decide what is valid, and valid boxes then have the
         # smaller indices: the stable sort keeps them first.

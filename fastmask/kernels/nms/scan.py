@@ -9,10 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmask.kernels._runtime import float_of, jit, tl, triton_dtype
+from fastmask.kernels._runtime import compute_dtype, jit, tl, triton_dtype
 from fastmask.kernels.nms.suppression import (
     Candidates,
     load_box,
+    load_threshold,
+    needs_division,
+    store_box,
     suppressed_by_kept,
     suppresses_pairs,
     threshold_bits,
@@ -24,8 +27,10 @@ def scan_boxes_kernel(
     boxes,  # [B, N, 4]
     classes,  # [B, N] or None
     order,  # [B, N] by falling score
-    num_valid,  # [B] length of the prefix of `order` that takes part
-    indices,  # [B, max_output], filled with -1
+    num_valid,  # [B] length of the prefix of `order` that takes part, or None: all N
+    kept_boxes,  # [B, max_output, 4]
+    kept_classes,  # [B, max_output] or None
+    indices,  # [B, max_output]
     count,  # [B]
     num_boxes,
     max_output,
@@ -33,15 +38,18 @@ def scan_boxes_kernel(
     BLOCK: tl.constexpr,
     STEP: tl.constexpr,
     COMPUTE: tl.constexpr,
+    DIVIDE: tl.constexpr,
 ):
     segment = tl.program_id(0).to(tl.int64)
     boxes += segment * num_boxes * 4
     order += segment * num_boxes
+    kept_boxes += segment * max_output * 4
     indices += segment * max_output
     if classes is not None:
         classes += segment * num_boxes
-    threshold = float_of(threshold_bits, COMPUTE)
-    last = tl.load(num_valid + segment).to(tl.int32)
+        kept_classes += segment * max_output
+    threshold = load_threshold(threshold_bits, COMPUTE)
+    last = num_boxes if num_valid is None else tl.load(num_valid + segment).to(tl.int32)
     lane = tl.arange(0, BLOCK)
     first = 0
     kept = 0
@@ -49,9 +57,11 @@ def scan_boxes_kernel(
         inside = first + lane < last
         index = tl.load(order + first + lane, mask=inside, other=0)
         box = load_box(boxes, classes, index, inside, COMPUTE)
-        suppressed = suppressed_by_kept(box, boxes, classes, indices, 0, kept, threshold, BLOCK, STEP, COMPUTE)
+        suppressed = suppressed_by_kept(
+            box, kept_boxes, kept_classes, kept, threshold, BLOCK, STEP, COMPUTE, DIVIDE
+        )
         candidate = (inside & ~suppressed).to(tl.int32)
-        hit = (suppresses_pairs(box, box, threshold) & (lane[:, None] < lane[None, :])).to(tl.int32)
+        hit = (suppresses_pairs(box, box, threshold, DIVIDE) & (lane[:, None] < lane[None, :])).to(tl.int32)
         stays = candidate
         changed = 1
         while changed != 0:
@@ -59,19 +69,26 @@ def scan_boxes_kernel(
             changed = tl.max(following ^ stays, 0)
             stays = following
         place = kept + tl.cumsum(stays, 0) - 1
-        tl.store(indices + place, index, mask=(stays != 0) & (place < max_output))
-        tl.debug_barrier()  # the next block reads what this one stored
+        stored = (stays != 0) & (place < max_output)
+        tl.store(indices + place, index, mask=stored)
+        store_box(kept_boxes, kept_classes, place, box, stored)
+        tl.debug_barrier()  # the next block reads the boxes that this one stored
         kept = tl.minimum(kept + tl.sum(stays, 0), max_output)
         first += BLOCK
     tl.store(count + segment, kept)
+    for first in range(kept, max_output, BLOCK):
+        tl.store(indices + first + lane, tl.full((BLOCK,), -1, tl.int64), mask=first + lane < max_output)
 
 
 def launch_scan(candidates: Candidates, iou_threshold: float, indices: Tensor, count: Tensor) -> None:
-    """Write `indices[B, max_output]`, which are filled with -1, and `count[B]`."""
-    dtype = candidates.boxes.dtype
-    num_boxes, max_output = candidates.order.shape[1], indices.shape[1]
-    scan_boxes_kernel[(len(indices),)](
+    """Write `indices[B, max_output]` and `count[B]`."""
+    boxes, classes, order, _ = candidates
+    dtype, num_boxes = boxes.dtype, order.shape[1]
+    batch, max_output = indices.shape
+    scan_boxes_kernel[(batch,)](
         *candidates,
+        torch.empty(batch, max_output, 4, dtype=compute_dtype(dtype), device=boxes.device),
+        None if classes is None else classes.new_empty(batch, max_output),
         indices,
         count,
         num_boxes,
@@ -80,6 +97,7 @@ def launch_scan(candidates: Candidates, iou_threshold: float, indices: Tensor, c
         BLOCK=32 if dtype == torch.float64 else 64,
         STEP=16,
         COMPUTE=triton_dtype(dtype),
+        DIVIDE=needs_division(iou_threshold, dtype),
         num_warps=16,  # tiles of pairs fit 123 registers then; with 8 warps they spill
         enable_fp_fusion=False,
     )
