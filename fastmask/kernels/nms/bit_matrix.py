@@ -83,6 +83,27 @@ def _or(a, b):
     return a | b
 
 
+@jit()
+def _popcount(bits):
+    """The number of bits set, in the form that compilers recognise as one instruction."""
+    x = bits.to(tl.uint32, bitcast=True)
+    x -= (x >> 1) & 0x55555555
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    return ((((x + (x >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24).to(tl.int32)
+
+
+@jit()
+def _load_block(column, diagonal, removed, order, row, lane, begin, last):
+    """What does not depend on the boxes kept: the bits of a block's columns, the block's rows, what is out, indices."""
+    inside = begin + lane < last
+    rows = tl.load(column + row, mask=(row < begin) & (begin < last), other=0)
+    inner = tl.load(diagonal + lane, mask=inside, other=0)
+    gone = (~inside).to(tl.int32)
+    if removed is not None:
+        gone = tl.load(removed + lane, mask=inside, other=1).to(tl.int32)
+    return rows, inner, gone, tl.load(order + lane, mask=inside, other=0)
+
+
 @jit(do_not_specialize=["num_boxes", "num_rows", "max_output", "first"])
 def scan_bits_kernel(
     boxes,  # [B, M, 4] sorted
@@ -109,52 +130,60 @@ def scan_bits_kernel(
     last = num_boxes if num_valid is None else tl.load(num_valid + segment).to(tl.int32)
     last = tl.minimum(last - first, CHUNK)
     lane = tl.arange(0, 32)
-    row = tl.arange(0, CHUNK)
-    keep = tl.zeros((CHUNK,), tl.int32)  # -1 for rows that stay
+    start = tl.arange(0, CHUNK // 32)[:, None] * 32  # of each block
+    row = start + lane[None, :]
+    keep = tl.load(bits + row, mask=row >= last + CHUNK, other=0)  # -1 if kept; 0, in the layout of the loads below
     before = 0
     if first > 0:
         before = tl.load(count + segment).to(tl.int32)
+    kept = before
+    last = tl.where(kept < max_output, last, 0)  # otherwise the bits are not written
+
+    # Pointers advance with the block: offsets computed from its number would make every comparison 64 bits wide.
+    begin = 0
+    diagonal = bits
+    order += segment * num_boxes + first
+    indices += segment * max_output
     if removed is not None:
         removed += segment * num_rows + first
-    kept = before
-    inside = lane < last
-    diagonal = tl.load(bits + lane, mask=inside, other=0)
-    column = tl.zeros((CHUNK,), tl.int32)
-    gone = (~inside).to(tl.int32)
-    if removed is not None:
-        gone = tl.load(removed + lane, mask=inside, other=1).to(tl.int32)
-    block = 0
-    while (block * 32 < last) & (kept < max_output):
-        suppressed = tl.reduce(column & keep, 0, _or) | tl.reduce(gone << lane, 0, _or)
-        inner = diagonal
-
-        following = block * 32 + 32
-        inside = following + lane < last
-        word = bits + (block + 1) * CHUNK
-        diagonal = tl.load(word + following + lane, mask=inside, other=0)
-        column = tl.load(word + row, mask=(row < following) & (following < last), other=0)
-        gone = (~inside).to(tl.int32)
+    if num_new is not None:
+        boxes += (segment * num_rows + first) * 4
+        kept_boxes += (segment * CHUNK - before) * 4
+        if classes is not None:
+            classes += segment * num_rows + first
+            kept_classes += segment * CHUNK - before
+    next_rows, next_diagonal, next_gone, next_index = _load_block(bits, diagonal, removed, order, row, lane, 0, last)
+    while (begin < last) & (kept < max_output):
+        suppressed = tl.reduce(next_rows & keep, None, _or) | tl.reduce(next_gone << lane, 0, _or)
+        inner, index = next_diagonal, next_index
+        bits += CHUNK
+        diagonal += CHUNK + 32
+        order += 32
         if removed is not None:
-            gone = tl.load(removed + following + lane, mask=inside, other=1).to(tl.int32)
-
+            removed += 32
+        next_rows, next_diagonal, next_gone, next_index = _load_block(
+            bits, diagonal, removed, order, row, lane, begin + 32, last
+        )
         stays = ~suppressed
         previous = suppressed
         while stays != previous:
             previous = stays
             stays = ~(suppressed | tl.reduce(tl.where((stays >> lane) & 1 != 0, inner, 0), 0, _or))
-        keep = tl.where(row // 32 == block, -((stays >> (row % 32)) & 1), keep)
-        kept += tl.sum((stays >> lane) & 1, 0)
-        block += 1
-
-    place = before - tl.cumsum(keep, 0) - 1
-    stored = (keep != 0) & (place < max_output)
-    index = tl.load(order + segment * num_boxes + first + row, mask=stored, other=0)
-    tl.store(indices + segment * max_output + place, index, mask=stored)
+        keep = tl.where(start == begin, -((stays >> lane) & 1)[None, :], keep)
+        lane_stays = (stays >> lane) & 1 != 0
+        place = kept + _popcount(stays & ((1 << lane) - 1))
+        tl.store(indices + place, index, mask=lane_stays & (place < max_output))
+        if num_new is not None:
+            box = load_box(boxes, classes, lane, lane_stays, boxes.dtype.element_ty)
+            store_box(kept_boxes, kept_classes, place, box, lane_stays)
+            boxes += 32 * 4
+            if classes is not None:
+                classes += 32
+        kept += _popcount(stays)
+        begin += 32
     tl.store(count + segment, tl.minimum(kept, max_output))
     if num_new is not None:
         tl.store(num_new + segment, kept - before)
-        box = load_box(boxes, classes, segment * num_rows + first + row, keep != 0, kept_boxes.dtype.element_ty)
-        store_box(kept_boxes, kept_classes, segment * CHUNK + place - before, box, keep != 0)
 
 
 @jit(do_not_specialize=["num_boxes", "num_rows", "max_output", "blocks", "first", "threshold_bits"])
@@ -264,7 +293,7 @@ def launch_bit_matrix(candidates: Candidates, iou_threshold: float, indices: Ten
             max_output,
             first,
             CHUNK=chunk,
-            num_warps=max(1, chunk // 1024),
+            num_warps=1 if chunk <= 1024 else chunk // 512,
         )
         if not is_last:
             blocks = ceil_div(num_boxes - following, 64)
