@@ -28,6 +28,7 @@ from benchmarks.reporting.results import FASTMASK
 from fastmask.kernels.nms import bit_matrix, forward
 from fastmask.kernels.nms.reference import nms_reference
 from tests.oracles.nms import assert_same_indices, greedy_nms_padded
+from tests.oracles.nms_variants import VARIANTS
 
 IOU_FLOPS = 13  # 4 extrema, 2 differences, 2 clamps, 3 for the union, a product, a comparison
 LEVELS = 5  # P2 to P6
@@ -255,4 +256,5 @@ OPERATOR = operators.Operator(
         "suppression_bits_kernel": {"cuda": operators.Limit(32), "hip": operators.Limit(24)},
     },
     check_random=_check_random,
+    variants=VARIANTS,
 )

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from fastmask.kernels._runtime import ceil_div, jit, next_power_of_2, tl, triton_dtype
 from fastmask.kernels.nms.gather import ROWS, launch_gather
+from fastmask.kernels.nms.scan_bits import scan_bits_kernel
 from fastmask.kernels.nms.suppression import (
     Candidates,
     load_box,
     load_threshold,
     needs_division,
-    store_box,
     suppressed_by_kept,
     suppresses,
     threshold_bits,
@@ -76,114 +76,6 @@ def suppression_bits_kernel(
         earlier = row - word * 32  # columns up to the row itself: a box suppresses later ones only
         later = tl.where(earlier < 0, -1, tl.where(earlier < 31, -2 << earlier, 0))
         tl.store(bits + (segment * (CHUNK // 32) + word) * CHUNK + row, suppressed & later)
-
-
-@jit()
-def _or(a, b):
-    return a | b
-
-
-@jit()
-def _popcount(bits):
-    """The number of bits set, in the form that compilers recognise as one instruction."""
-    x = bits.to(tl.uint32, bitcast=True)
-    x -= (x >> 1) & 0x55555555
-    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
-    return ((((x + (x >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24).to(tl.int32)
-
-
-@jit()
-def _load_block(column, diagonal, removed, order, row, lane, begin, last):
-    """What does not depend on the boxes kept: the bits of a block's columns, the block's rows, what is out, indices."""
-    inside = begin + lane < last
-    rows = tl.load(column + row, mask=(row < begin) & (begin < last), other=0)
-    inner = tl.load(diagonal + lane, mask=inside, other=0)
-    gone = (~inside).to(tl.int32)
-    if removed is not None:
-        gone = tl.load(removed + lane, mask=inside, other=1).to(tl.int32)
-    return rows, inner, gone, tl.load(order + lane, mask=inside, other=0)
-
-
-@jit(do_not_specialize=["num_boxes", "num_rows", "max_output", "first"])
-def scan_bits_kernel(
-    boxes,  # [B, M, 4] sorted
-    classes,  # [B, M] or None
-    order,  # [B, N]
-    num_valid,  # [B] or None: all N
-    bits,  # [B, CHUNK / 32, CHUNK]
-    removed,  # [B, M] uint8: suppressed by an earlier chunk; None if there is one chunk
-    indices,  # [B, max_output]
-    count,  # [B] kept up to the end of this chunk
-    kept_boxes,  # [B, CHUNK, 4] kept in this chunk; None after the last chunk
-    kept_classes,  # [B, CHUNK] or None
-    num_new,  # [B] kept in this chunk; None after the last chunk
-    num_boxes,
-    num_rows,  # M
-    max_output,
-    first,
-    CHUNK: tl.constexpr,
-):
-    # Blocks of 32 boxes: a block's bits are one word, and a warp resolves it without barriers or shared memory. The loads
-    # of the next block do not depend on what this one keeps, and are issued before this one is resolved.
-    segment = tl.program_id(0).to(tl.int64)
-    bits += segment * (CHUNK // 32 * CHUNK)
-    last = num_boxes if num_valid is None else tl.load(num_valid + segment).to(tl.int32)
-    last = tl.minimum(last - first, CHUNK)
-    lane = tl.arange(0, 32)
-    start = tl.arange(0, CHUNK // 32)[:, None] * 32  # of each block
-    row = start + lane[None, :]
-    keep = tl.load(bits + row, mask=row >= last + CHUNK, other=0)  # -1 if kept; 0, in the layout of the loads below
-    before = 0
-    if first > 0:
-        before = tl.load(count + segment).to(tl.int32)
-    kept = before
-    last = tl.where(kept < max_output, last, 0)  # otherwise the bits are not written
-
-    # Pointers advance with the block: offsets computed from its number would make every comparison 64 bits wide.
-    begin = 0
-    diagonal = bits
-    order += segment * num_boxes + first
-    indices += segment * max_output
-    if removed is not None:
-        removed += segment * num_rows + first
-    if num_new is not None:
-        boxes += (segment * num_rows + first) * 4
-        kept_boxes += (segment * CHUNK - before) * 4
-        if classes is not None:
-            classes += segment * num_rows + first
-            kept_classes += segment * CHUNK - before
-    next_rows, next_diagonal, next_gone, next_index = _load_block(bits, diagonal, removed, order, row, lane, 0, last)
-    while (begin < last) & (kept < max_output):
-        suppressed = tl.reduce(next_rows & keep, None, _or) | tl.reduce(next_gone << lane, 0, _or)
-        inner, index = next_diagonal, next_index
-        bits += CHUNK
-        diagonal += CHUNK + 32
-        order += 32
-        if removed is not None:
-            removed += 32
-        next_rows, next_diagonal, next_gone, next_index = _load_block(
-            bits, diagonal, removed, order, row, lane, begin + 32, last
-        )
-        stays = ~suppressed
-        previous = suppressed
-        while stays != previous:
-            previous = stays
-            stays = ~(suppressed | tl.reduce(tl.where((stays >> lane) & 1 != 0, inner, 0), 0, _or))
-        keep = tl.where(start == begin, -((stays >> lane) & 1)[None, :], keep)
-        lane_stays = (stays >> lane) & 1 != 0
-        place = kept + _popcount(stays & ((1 << lane) - 1))
-        tl.store(indices + place, index, mask=lane_stays & (place < max_output))
-        if num_new is not None:
-            box = load_box(boxes, classes, lane, lane_stays, boxes.dtype.element_ty)
-            store_box(kept_boxes, kept_classes, place, box, lane_stays)
-            boxes += 32 * 4
-            if classes is not None:
-                classes += 32
-        kept += _popcount(stays)
-        begin += 32
-    tl.store(count + segment, tl.minimum(kept, max_output))
-    if num_new is not None:
-        tl.store(num_new + segment, kept - before)
 
 
 @jit(do_not_specialize=["num_boxes", "num_rows", "max_output", "blocks", "first", "threshold_bits"])

@@ -1,0 +1,143 @@
+"""Small calls of every variant of the NMS kernels, index for index against a greedy loop and torchvision."""
+
+from collections.abc import Callable
+from functools import partial
+from unittest.mock import patch
+
+import torch
+import torchvision
+
+import fastmask
+from fastmask.kernels.nms import bit_matrix, forward
+from tests.oracles.nms import assert_same_indices, draw_candidates, greedy_nms_padded
+
+NAN, INF = float("nan"), float("inf")
+
+
+def _check(
+    device,
+    *,
+    scan,
+    n=150,
+    segments=2,
+    max_output=None,
+    chunk=4096,
+    dtype=torch.float32,
+    kind="random",
+    boxes=None,
+    levels=None,
+    threshold=0.4,
+    classes=None,
+    counts=None,
+    score_threshold=None,
+):
+    """A padded call by one of the two algorithms: `scan`, or the bit matrix in chunks of `chunk` boxes."""
+    drawn = [draw_candidates(n, seed, kind=kind) for seed in range(segments)]
+    boxes = torch.stack([box for box, _ in drawn]) if boxes is None else boxes.expand(segments, -1, -1)
+    scores = torch.stack([score[: boxes.shape[1]] for _, score in drawn])
+    if levels is not None:
+        scores = (scores * levels).floor() / levels
+    boxes, scores = boxes.to(dtype), scores.to(dtype)
+    max_output = boxes.shape[1] if max_output is None else max_output
+    if classes is not None:
+        classes = (torch.arange(scores.numel()).view(scores.shape) * 7 % 5 % 3).to(classes)
+    counts = None if counts is None else torch.tensor(counts)
+    expected = greedy_nms_padded(boxes, scores, threshold, max_output, classes, counts, score_threshold)
+    with (
+        patch.object(forward, "MAX_SINGLE_LAUNCH_OUTPUT", 1 << 30 if scan else -1),
+        patch.object(bit_matrix, "MAX_CHUNK_ROWS", chunk),
+    ):
+        actual = fastmask.nms_padded(
+            boxes.to(device),
+            scores.to(device),
+            threshold,
+            max_output,
+            classes=None if classes is None else classes.to(device),
+            counts=None if counts is None else counts.to(device),
+            score_threshold=score_threshold,
+        )
+    assert_same_indices(actual, expected)
+
+
+def _check_torchvision(device, *, scan, by_class=False):
+    """The functions with torchvision's names."""
+    boxes, scores = draw_candidates(130, 3)
+    classes = torch.arange(130) % 3 if by_class else torch.zeros(130, dtype=torch.int64)
+    expected = torchvision.ops.boxes._batched_nms_vanilla(boxes, scores, classes, 0.4)
+    boxes, scores, classes = boxes.to(device), scores.to(device), classes.to(device)
+    with patch.object(forward, "MAX_SINGLE_LAUNCH_OUTPUT", 1 << 30 if scan else -1):
+        actual = fastmask.batched_nms(boxes, scores, classes, 0.4) if by_class else fastmask.nms(boxes, scores, 0.4)
+    assert torch.equal(actual.cpu(), expected)
+
+
+def _degenerate() -> torch.Tensor:
+    """Pairs of boxes without area, inverted, non-finite, huge and tiny; areas of subnormal numbers."""
+    tiny = [torch.tensor([0.0, 0, 3, 3]) * 2.0**-k for k in (40, 60, 70, 73, 74)]
+    return torch.stack(
+        [
+            torch.tensor(box, dtype=torch.float32)
+            for box in (
+                [5.0, 5, 5, 5],
+                [NAN, 0, 9, 9],
+                [0, 0, NAN, 9],
+                [0, 0, INF, 9],
+                [-INF, -INF, INF, INF],
+                [9, 9, 3, 3],
+                [9, 3, 3, 9],
+                [0, 0, 9, 9],
+                [0, 0, 9, 8],
+                [-3e38, -3e38, 3e38, 3e38],
+                [-1e19, -1e19, 1e19, 1e19],
+                [-1e19, -1e19, 1e19, 0.9e19],
+                [1, 1, 2, 2],
+                *(box.tolist() for box in tiny),
+                *((box * torch.tensor([1, 1, 1, 2 / 3])).tolist() for box in tiny),
+            )
+            for _ in range(2)
+        ]
+    )[None]
+
+
+def _near_threshold(threshold: float) -> torch.Tensor:
+    """Pairs inside one box whose IoU with it is the threshold but for a few units in the last place."""
+    side = torch.tensor(1000.0)
+    height = torch.tensor(threshold) * side
+    rows = []
+    for step in range(-8, 9):
+        top = (height.view(torch.int32) + step).view(torch.float32)
+        rows += [[0.0, 0.0, 1000.0, top.item()]]
+    return torch.tensor([[0.0, 0, 1000, 1000], *rows])[None]
+
+
+_ALGORITHMS = {"scan": {"scan": True}, "bits": {"scan": False}, "chunks": {"scan": False, "chunk": 64}}
+_CASES = {
+    "boxes": {},
+    "float64": {"dtype": torch.float64, "n": 100},
+    "float16": {"dtype": torch.float16, "n": 100},
+    "bfloat16": {"dtype": torch.bfloat16, "n": 100},
+    "int64 classes, counts": {"classes": torch.int64, "counts": [131, 64], "n": 140},
+    "float classes, counts, scores": {"classes": torch.float32, "counts": [150, -4], "score_threshold": 0.3},
+    "tied scores": {"levels": 4, "n": 130},
+    "one spot": {"kind": "stacked", "n": 130},
+    "none overlaps": {"kind": "disjoint", "n": 130},
+    "output filled": {"kind": "disjoint", "n": 150, "max_output": 70},
+    "output longer": {"n": 70, "max_output": 200},
+    "one box": {"n": 1},
+    "degenerate": {"boxes": _degenerate(), "n": 46, "threshold": 0.5},
+    "near 0.7": {"boxes": _near_threshold(0.7), "n": 18, "threshold": 0.7, "segments": 3},
+    "near 0.5": {"boxes": _near_threshold(0.5), "n": 18, "threshold": 0.5, "segments": 3},
+    "threshold 0": {"threshold": 0.0, "n": 100},
+    "threshold 1": {"threshold": 1.0, "n": 100, "kind": "clustered"},
+}
+VARIANTS: dict[str, Callable[[str], None]] = {
+    f"{case}, {algorithm}": partial(_check, **arguments | options)
+    for case, options in _CASES.items()
+    for algorithm, arguments in _ALGORITHMS.items()
+}
+VARIANTS |= {
+    "two warps, bits": partial(_check, scan=False, n=1100, segments=1, kind="clustered"),
+    "nms, scan": partial(_check_torchvision, scan=True),
+    "nms, bits": partial(_check_torchvision, scan=False),
+    "batched_nms, scan": partial(_check_torchvision, scan=True, by_class=True),
+    "batched_nms, bits": partial(_check_torchvision, scan=False, by_class=True),
+}
