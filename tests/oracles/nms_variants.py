@@ -18,8 +18,8 @@ def _check(
     device,
     *,
     scan,
-    n=150,
-    segments=2,
+    n=90,
+    segments=1,
     max_output=None,
     chunk=4096,
     dtype=torch.float32,
@@ -61,8 +61,8 @@ def _check(
 
 def _check_torchvision(device, *, scan, by_class=False):
     """The functions with torchvision's names."""
-    boxes, scores = draw_candidates(130, 3)
-    classes = torch.arange(130) % 3 if by_class else torch.zeros(130, dtype=torch.int64)
+    boxes, scores = draw_candidates(90, 3)
+    classes = torch.arange(90) % 3 if by_class else torch.zeros(90, dtype=torch.int64)
     expected = torchvision.ops.boxes._batched_nms_vanilla(boxes, scores, classes, 0.4)
     boxes, scores, classes = boxes.to(device), scores.to(device), classes.to(device)
     with patch.object(forward, "MAX_SINGLE_LAUNCH_OUTPUT", 1 << 30 if scan else -1):
@@ -112,22 +112,22 @@ def _near_threshold(threshold: float) -> torch.Tensor:
 _ALGORITHMS = {"scan": {"scan": True}, "bits": {"scan": False}, "chunks": {"scan": False, "chunk": 64}}
 _CASES = {
     "boxes": {},
-    "float64": {"dtype": torch.float64, "n": 100},
-    "float16": {"dtype": torch.float16, "n": 100},
-    "bfloat16": {"dtype": torch.bfloat16, "n": 100},
-    "int64 classes, counts": {"classes": torch.int64, "counts": [131, 64], "n": 140},
-    "float classes, counts, scores": {"classes": torch.float32, "counts": [150, -4], "score_threshold": 0.3},
-    "tied scores": {"levels": 4, "n": 130},
-    "one spot": {"kind": "stacked", "n": 130},
-    "none overlaps": {"kind": "disjoint", "n": 130},
-    "output filled": {"kind": "disjoint", "n": 150, "max_output": 70},
+    "float64": {"dtype": torch.float64},
+    "float16": {"dtype": torch.float16},
+    "bfloat16": {"dtype": torch.bfloat16},
+    "int64 classes, counts": {"classes": torch.int64, "counts": [75, 64], "segments": 2},
+    "float classes, counts, scores": {"classes": torch.float32, "counts": [99, -4], "score_threshold": 0.3, "segments": 2},
+    "tied scores": {"levels": 4},
+    "one spot": {"kind": "stacked"},
+    "none overlaps": {"kind": "disjoint"},
+    "output filled": {"kind": "disjoint", "n": 130, "max_output": 70},
     "output longer": {"n": 70, "max_output": 200},
     "one box": {"n": 1},
     "degenerate": {"boxes": _degenerate(), "n": 46, "threshold": 0.5},
-    "near 0.7": {"boxes": _near_threshold(0.7), "n": 18, "threshold": 0.7, "segments": 3},
-    "near 0.5": {"boxes": _near_threshold(0.5), "n": 18, "threshold": 0.5, "segments": 3},
-    "threshold 0": {"threshold": 0.0, "n": 100},
-    "threshold 1": {"threshold": 1.0, "n": 100, "kind": "clustered"},
+    "near 0.7": {"boxes": _near_threshold(0.7), "n": 18, "threshold": 0.7},
+    "near 0.5": {"boxes": _near_threshold(0.5), "n": 18, "threshold": 0.5},
+    "threshold 0": {"threshold": 0.0},
+    "threshold 1": {"threshold": 1.0, "kind": "clustered"},
 }
 VARIANTS: dict[str, Callable[[str], None]] = {
     f"{case}, {algorithm}": partial(_check, **arguments | options)
@@ -135,7 +135,7 @@ VARIANTS: dict[str, Callable[[str], None]] = {
     for algorithm, arguments in _ALGORITHMS.items()
 }
 VARIANTS |= {
-    "two warps, bits": partial(_check, scan=False, n=1100, segments=1, kind="clustered"),
+    "several warps, bits": partial(_check, scan=False, n=1030, kind="stacked", chunk=2048),
     "nms, scan": partial(_check_torchvision, scan=True),
     "nms, bits": partial(_check_torchvision, scan=False),
     "batched_nms, scan": partial(_check_torchvision, scan=True, by_class=True),

@@ -38,7 +38,7 @@ def suppression_bits_kernel(
     boxes,  # [B, M, 4] sorted
     classes,  # [B, M] or None
     num_valid,  # [B] or None: all N
-    count,  # [B] kept in earlier chunks, unwritten before the first
+    before,  # [B] kept in earlier chunks, or None: this is the first
     bits,  # [B, CHUNK / 32, CHUNK] int32: bit j of row i in word w: i suppresses 32 * w + j
     num_boxes,
     num_rows,  # M
@@ -56,9 +56,7 @@ def suppression_bits_kernel(
     begin = tl.program_id(1) * ROWS
     word = tl.program_id(2)
     last = (num_boxes if num_valid is None else tl.load(num_valid + segment).to(tl.int32)) - first
-    kept = 0
-    if first > 0:
-        kept = tl.load(count + segment).to(tl.int32)
+    kept = 0 if before is None else tl.load(before + segment).to(tl.int32)
     if (word * 32 + 31 > begin) & (begin < last) & (word * 32 < last) & (kept < max_output):
         boxes += (segment * num_rows + first) * 4
         if classes is not None:
@@ -83,10 +81,10 @@ def suppress_later_kernel(
     boxes,  # [B, M, 4] sorted
     classes,  # [B, M] or None
     num_valid,  # [B] or None: all N
-    count,  # [B]
-    kept_boxes,  # [B, CHUNK, 4]
+    before,  # [B] kept in earlier chunks, or None
+    count,  # [B] and in the last one
+    kept_boxes,  # [B, CHUNK, 4] of the last chunk
     kept_classes,  # [B, CHUNK] or None
-    num_new,  # [B]
     removed,  # [B, M] uint8, set here
     num_boxes,
     num_rows,  # M
@@ -111,7 +109,7 @@ def suppress_later_kernel(
         kept_boxes += segment * CHUNK * 4
         if classes is not None:
             kept_classes += segment * CHUNK
-        size = tl.load(num_new + segment).to(tl.int32)
+        size = kept if before is None else kept - tl.load(before + segment).to(tl.int32)
         threshold = load_threshold(threshold_bits, COMPUTE)
         hit = suppressed_by_kept(box, kept_boxes, kept_classes, size, threshold, ROWS, STEP, COMPUTE, DIVIDE)
         tl.store(removed, hit.to(tl.uint8), mask=inside)
@@ -138,7 +136,7 @@ def launch_bit_matrix(candidates: Candidates, iou_threshold: float, indices: Ten
     chunk = _chunk_rows(batch, num_boxes)
     rows = min(128, chunk)
 
-    removed = kept_boxes = kept_classes = num_new = None
+    removed = kept_boxes = kept_classes = None
     if num_boxes > chunk:
         removed = torch.empty(batch, ceil_div(num_boxes, ROWS) * ROWS, dtype=torch.uint8, device=device)
     boxes, classes = launch_gather(candidates, removed, indices)
@@ -146,17 +144,18 @@ def launch_bit_matrix(candidates: Candidates, iou_threshold: float, indices: Ten
     if num_boxes > chunk:
         kept_boxes = boxes.new_empty(batch, chunk, 4)
         kept_classes = None if classes is None else classes.new_empty(batch, chunk)
-        num_new = torch.empty_like(count)
     bits = torch.empty(batch, chunk // 32, chunk, dtype=torch.int32, device=device)
+    before = None
     for first in range(0, num_boxes, chunk):
         size = min(chunk, num_boxes - first)
         following = first + chunk
         is_last = following >= num_boxes
+        kept = count if is_last else torch.empty_like(count)
         suppression_bits_kernel[(batch, ceil_div(size, rows), ceil_div(size, 32))](
             boxes,
             classes,
             num_valid,
-            count,
+            before,
             bits,
             num_boxes,
             num_rows,
@@ -166,6 +165,7 @@ def launch_bit_matrix(candidates: Candidates, iou_threshold: float, indices: Ten
             CHUNK=chunk,
             ROWS=rows,
             STEP=8,
+            num_warps=rows // 32,
             **arithmetic,
         )
         scan_bits_kernel[(batch,)](
@@ -176,10 +176,10 @@ def launch_bit_matrix(candidates: Candidates, iou_threshold: float, indices: Ten
             bits,
             removed,
             indices,
-            count,
+            before,
+            kept,
             None if is_last else kept_boxes,
             None if is_last else kept_classes,
-            None if is_last else num_new,
             num_boxes,
             num_rows,
             max_output,
@@ -193,10 +193,10 @@ def launch_bit_matrix(candidates: Candidates, iou_threshold: float, indices: Ten
                 boxes,
                 classes,
                 num_valid,
-                count,
+                before,
+                kept,
                 kept_boxes,
                 kept_classes,
-                num_new,
                 removed,
                 num_boxes,
                 num_rows,
@@ -209,3 +209,4 @@ def launch_bit_matrix(candidates: Candidates, iou_threshold: float, indices: Ten
                 STEP=4,
                 **arithmetic,
             )
+        before = kept

@@ -93,10 +93,10 @@ def scan_bits_kernel(
     bits,  # [B, CHUNK / 32, CHUNK]
     removed,  # [B, M] uint8: suppressed by an earlier chunk; None if there is one chunk
     indices,  # [B, max_output]
-    count,  # [B] kept up to the end of this chunk
+    before,  # [B] kept in earlier chunks, or None: this is the first
+    count,  # [B] and in this one
     kept_boxes,  # [B, CHUNK, 4] kept in this chunk; None after the last chunk
     kept_classes,  # [B, CHUNK] or None
-    num_new,  # [B] kept in this chunk; None after the last chunk
     num_boxes,
     num_rows,  # M
     max_output,
@@ -109,10 +109,8 @@ def scan_bits_kernel(
     bits += segment * (CHUNK // 32 * CHUNK)
     last = num_boxes if num_valid is None else tl.load(num_valid + segment).to(tl.int32)
     last = tl.minimum(last - first, CHUNK)
-    before = 0
-    if first > 0:
-        before = tl.load(count + segment).to(tl.int32)
-    last = tl.where(before < max_output, last, 0)  # otherwise the bits are not written
+    kept = 0 if before is None else tl.load(before + segment).to(tl.int32)
+    last = tl.where(kept < max_output, last, 0)  # otherwise the bits are not written
     lane = tl.arange(0, 32)
     start = tl.arange(0, CHUNK // 32)[:, None] * 32
     row = start + lane[None, :]
@@ -125,11 +123,10 @@ def scan_bits_kernel(
         removed += segment * num_rows + first
     if kept_boxes is not None:
         boxes += (segment * num_rows + first) * 4
-        kept_boxes += (segment * CHUNK - before) * 4
+        kept_boxes += (segment * CHUNK - kept) * 4
         if classes is not None:
             classes += segment * num_rows + first
-            kept_classes += segment * CHUNK - before
-    kept = before
+            kept_classes += segment * CHUNK - kept
     begin = 0
     a0, a1, a2, a3 = _load_columns(bits, removed, order, row, lane, 0, last, 0, CHUNK)
     b0, b1, b2, b3 = _load_columns(bits, removed, order, row, lane, 0, last, 1, CHUNK)
@@ -159,5 +156,3 @@ def scan_bits_kernel(
             if classes is not None:
                 classes += 64
     tl.store(count + segment, tl.minimum(kept, max_output))
-    if num_new is not None:
-        tl.store(num_new + segment, kept - before)
