@@ -51,29 +51,34 @@ def scan_boxes_kernel(
     threshold = load_threshold(threshold_bits, COMPUTE)
     last = num_boxes if num_valid is None else tl.load(num_valid + segment).to(tl.int32)
     lane = tl.arange(0, BLOCK)
+    # Boxes are loaded a block ahead and their indices two: a crowd that never fills the output reads all boxes, in as many
+    # steps as there are blocks.
+    index = tl.load(order + lane, mask=lane < last, other=0)
+    next_index = tl.load(order + BLOCK + lane, mask=BLOCK + lane < last, other=0)
+    box = load_box(boxes, classes, index, lane < last, COMPUTE)
     first = 0
     kept = 0
     while (first < last) & (kept < max_output):
-        inside = first + lane < last
-        index = tl.load(order + first + lane, mask=inside, other=0)
-        box = load_box(boxes, classes, index, inside, COMPUTE)
-        suppressed = suppressed_by_kept(
-            box, kept_boxes, kept_classes, kept, threshold, BLOCK, STEP, COMPUTE, DIVIDE
-        )
-        candidate = (inside & ~suppressed).to(tl.int32)
-        hit = (suppresses_pairs(box, box, threshold, DIVIDE) & (lane[:, None] < lane[None, :])).to(tl.int32)
-        stays = candidate
-        changed = 1
-        while changed != 0:
-            following = candidate & ~tl.max(hit & stays[:, None], 0)
-            changed = tl.max(following ^ stays, 0)
-            stays = following
-        place = kept + tl.cumsum(stays, 0) - 1
-        stored = (stays != 0) & (place < max_output)
-        tl.store(indices + place, index, mask=stored)
-        store_box(kept_boxes, kept_classes, place, box, stored)
-        tl.debug_barrier()  # the next block reads the boxes that this one stored
-        kept = tl.minimum(kept + tl.sum(stays, 0), max_output)
+        following = first + BLOCK + lane
+        next_box = load_box(boxes, classes, next_index, following < last, COMPUTE)
+        after_next = tl.load(order + BLOCK + following, mask=BLOCK + following < last, other=0)
+        suppressed = suppressed_by_kept(box, kept_boxes, kept_classes, kept, threshold, BLOCK, STEP, COMPUTE, DIVIDE)
+        candidate = ((first + lane < last) & ~suppressed).to(tl.int32)
+        if tl.max(candidate, 0) != 0:
+            hit = (suppresses_pairs(box, box, threshold, DIVIDE) & (lane[:, None] < lane[None, :])).to(tl.int32)
+            stays = candidate
+            changed = 1
+            while changed != 0:
+                remaining = candidate & ~tl.max(hit & stays[:, None], 0)
+                changed = tl.max(remaining ^ stays, 0)
+                stays = remaining
+            place = kept + tl.cumsum(stays, 0) - 1
+            stored = (stays != 0) & (place < max_output)
+            tl.store(indices + place, index, mask=stored)
+            store_box(kept_boxes, kept_classes, place, box, stored)
+            kept = tl.minimum(kept + tl.sum(stays, 0), max_output)
+            tl.debug_barrier()  # the next block reads the boxes that this one stored
+        index, next_index, box = next_index, after_next, next_box
         first += BLOCK
     tl.store(count + segment, kept)
     for first in range(kept, max_output, BLOCK):
