@@ -8,7 +8,7 @@ import torch
 import torchvision
 
 import fastmask
-from fastmask.kernels.nms import bit_matrix, forward
+from fastmask.kernels.nms import bit_matrix, forward, rank
 from tests.oracles.nms import assert_same_indices, draw_candidates, greedy_nms_padded
 
 NAN, INF = float("nan"), float("inf")
@@ -30,6 +30,7 @@ def _check(
     classes=None,
     counts=None,
     score_threshold=None,
+    max_ranked=rank.MAX_RANKED,
 ):
     """A padded call by one of the two algorithms: `scan`, or the bit matrix in chunks of `chunk` boxes."""
     drawn = [draw_candidates(n, seed, kind=kind) for seed in range(segments)]
@@ -39,13 +40,14 @@ def _check(
         scores = (scores * levels).floor() / levels
     boxes, scores = boxes.to(dtype), scores.to(dtype)
     max_output = boxes.shape[1] if max_output is None else max_output
-    if classes is not None:
+    if isinstance(classes, torch.dtype):
         classes = (torch.arange(scores.numel()).view(scores.shape) * 7 % 5 % 3).to(classes)
     counts = None if counts is None else torch.tensor(counts)
     expected = greedy_nms_padded(boxes, scores, threshold, max_output, classes, counts, score_threshold)
     with (
         patch.object(forward, "MAX_SINGLE_LAUNCH_OUTPUT", 1 << 30 if scan else -1),
         patch.object(bit_matrix, "MAX_CHUNK_ROWS", chunk),
+        patch.object(rank, "MAX_RANKED", max_ranked),
     ):
         actual = fastmask.nms_padded(
             boxes.to(device),
@@ -98,25 +100,31 @@ def _degenerate() -> torch.Tensor:
     )[None]
 
 
-def _near_threshold(threshold: float) -> torch.Tensor:
-    """Pairs inside one box whose IoU with it is the threshold but for a few units in the last place."""
-    side = torch.tensor(1000.0)
-    height = torch.tensor(threshold) * side
-    rows = []
-    for step in range(-8, 9):
-        top = (height.view(torch.int32) + step).view(torch.float32)
-        rows += [[0.0, 0.0, 1000.0, top.item()]]
-    return torch.tensor([[0.0, 0, 1000, 1000], *rows])[None]
+def _near_threshold(threshold: float) -> dict[str, torch.Tensor]:
+    """Pairs, each of a class of its own, whose IoU is the threshold but for a few units in the last place.
+
+    Areas range over all exponents of float32, subnormal ones included.
+    """
+    exponent = torch.linspace(-147, 126, 45).int()
+    mantissa = 1 + torch.rand(45, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    larger = torch.ldexp(mantissa, exponent).float()
+    smaller = (larger.double() * threshold).float()
+    smaller = (smaller.view(torch.int32) + torch.arange(45, dtype=torch.int32) % 7 - 3).clamp(min=0).view(torch.float32)
+    zero, one = torch.zeros(45), torch.ones(45)
+    pairs = [torch.stack([zero, zero, one, height], 1) for height in (larger, smaller)]
+    classes = torch.arange(45)
+    return {"boxes": torch.cat(pairs)[None], "classes": torch.cat([classes, classes])[None]}
 
 
-_ALGORITHMS = {"scan": {"scan": True}, "bits": {"scan": False}, "chunks": {"scan": False, "chunk": 64}}
+_ALGORITHMS = {"scan": {"scan": True}, "bits": {"scan": False}, "chunks": {"scan": False, "chunk": 64, "max_ranked": 0}}
 _CASES = {
     "boxes": {},
     "float64": {"dtype": torch.float64},
     "float16": {"dtype": torch.float16},
     "bfloat16": {"dtype": torch.bfloat16},
     "int64 classes, counts": {"classes": torch.int64, "counts": [75, 64], "segments": 2},
-    "float classes, counts, scores": {"classes": torch.float32, "counts": [99, -4], "score_threshold": 0.3, "segments": 2},
+    "float classes, counts, scores": {"classes": torch.float32, "counts": [77], "score_threshold": 0.3},
+    "negative count": {"counts": [-4]},
     "tied scores": {"levels": 4},
     "one spot": {"kind": "stacked"},
     "none overlaps": {"kind": "disjoint"},
@@ -124,8 +132,7 @@ _CASES = {
     "output longer": {"n": 70, "max_output": 200},
     "one box": {"n": 1},
     "degenerate": {"boxes": _degenerate(), "n": 46, "threshold": 0.5},
-    "near 0.7": {"boxes": _near_threshold(0.7), "n": 18, "threshold": 0.7},
-    "near 0.5": {"boxes": _near_threshold(0.5), "n": 18, "threshold": 0.5},
+    **{f"IoUs near {t:.3g}": {"threshold": t, **_near_threshold(t)} for t in (0.7, 0.5, 1 / 3, 1.0)},
     "threshold 0": {"threshold": 0.0},
     "threshold 1": {"threshold": 1.0, "kind": "clustered"},
 }
@@ -135,6 +142,8 @@ VARIANTS: dict[str, Callable[[str], None]] = {
     for algorithm, arguments in _ALGORITHMS.items()
 }
 VARIANTS |= {
+    "sorted, scan": partial(_check, scan=True, max_ranked=0),
+    "sorted, counts, bits": partial(_check, scan=False, max_ranked=0, counts=[75]),
     "several warps, bits": partial(_check, scan=False, n=1030, kind="stacked", chunk=2048),
     "nms, scan": partial(_check_torchvision, scan=True),
     "nms, bits": partial(_check_torchvision, scan=False),

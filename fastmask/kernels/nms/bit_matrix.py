@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastmask.kernels._runtime import ceil_div, jit, next_power_of_2, tl, triton_dtype
-from fastmask.kernels.nms.gather import ROWS, launch_gather
+from fastmask.kernels.nms.gather import ROWS, SortedBoxes, launch_gather
 from fastmask.kernels.nms.scan_bits import scan_bits_kernel
 from fastmask.kernels.nms.suppression import (
     Candidates,
@@ -123,8 +123,10 @@ def _chunk_rows(batch: int, num_boxes: int) -> int:
     return rows
 
 
-def launch_bit_matrix(candidates: Candidates, iou_threshold: float, indices: Tensor, count: Tensor) -> None:
-    """Write `indices[B, max_output]` and `count[B]`."""
+def launch_bit_matrix(
+    candidates: Candidates, gathered: SortedBoxes | None, iou_threshold: float, indices: Tensor, count: Tensor
+) -> None:
+    """Write `indices[B, max_output]` and `count[B]`; if there are `gathered` boxes, the indices are -1 already."""
     (batch, num_boxes), max_output = candidates.order.shape, indices.shape[1]
     dtype, device, num_valid = candidates.boxes.dtype, indices.device, candidates.num_valid
     bits_of_threshold = threshold_bits(iou_threshold, dtype)
@@ -138,8 +140,8 @@ def launch_bit_matrix(candidates: Candidates, iou_threshold: float, indices: Ten
 
     removed = kept_boxes = kept_classes = None
     if num_boxes > chunk:
-        removed = torch.empty(batch, ceil_div(num_boxes, ROWS) * ROWS, dtype=torch.uint8, device=device)
-    boxes, classes = launch_gather(candidates, removed, indices)
+        removed = torch.zeros(batch, ceil_div(num_boxes, ROWS) * ROWS, dtype=torch.uint8, device=device)
+    boxes, classes = gathered or launch_gather(candidates, indices)
     num_rows = boxes.shape[1]
     if num_boxes > chunk:
         kept_boxes = boxes.new_empty(batch, chunk, 4)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastmask.kernels._runtime import on_device_of
 from fastmask.kernels.nms.bit_matrix import launch_bit_matrix
+from fastmask.kernels.nms.rank import can_rank, launch_rank
 from fastmask.kernels.nms.reference import valid_mask
 from fastmask.kernels.nms.scan import launch_scan
 from fastmask.kernels.nms.suppression import Candidates
@@ -30,10 +31,20 @@ def launch_nms_padded(
 
     indices = torch.empty(batch, spec.max_output, dtype=torch.int64, device=boxes.device)
     count = torch.empty(batch, dtype=torch.int64, device=boxes.device)
-    candidates = _sorted(boxes, scores, classes, valid_mask(scores, counts, spec.score_threshold))
-    launch = launch_scan if spec.max_output <= MAX_SINGLE_LAUNCH_OUTPUT else launch_bit_matrix
+    boxes, classes = boxes.contiguous(), None if classes is None else classes.contiguous()
+    is_scan = spec.max_output <= MAX_SINGLE_LAUNCH_OUTPUT
     with on_device_of(boxes):
-        launch(candidates, spec.iou_threshold, indices, count)
+        if can_rank(scores):
+            scores = scores.contiguous()
+            valid = valid_mask(scores, None, spec.score_threshold)
+            candidates, gathered = launch_rank(boxes, scores, classes, valid, counts, not is_scan, indices)
+        else:
+            gathered = None
+            candidates = _sorted(boxes, scores, classes, valid_mask(scores, counts, spec.score_threshold))
+        if is_scan:
+            launch_scan(candidates, spec.iou_threshold, indices, count)
+        else:
+            launch_bit_matrix(candidates, gathered, spec.iou_threshold, indices, count)
     return indices, count
 
 
@@ -45,4 +56,4 @@ def _sorted(boxes: Tensor, scores: Tensor, classes: Tensor | None, valid: Tensor
         # smaller indices: the stable sort keeps them first.
         scores = scores.masked_fill(~valid, -torch.inf)
     order = scores.sort(dim=1, descending=True, stable=True).indices
-    return Candidates(boxes.contiguous(), None if classes is None else classes.contiguous(), order, num_valid)
+    return Candidates(boxes, classes, order, num_valid)

@@ -1,4 +1,4 @@
-"""Boxes in sorted order, for the kernels that read all of them: each then has one load instead of two dependent ones."""
+"""Boxes in sorted order, for kernels that read all of them: a load each, instead of two dependent ones."""
 
 from __future__ import annotations
 
@@ -28,7 +28,6 @@ def gather_boxes_kernel(
     num_valid,  # [B] or None
     sorted_boxes,  # [B, M, 4]
     sorted_classes,  # [B, M] or None
-    removed,  # [B, M] uint8 or None, set to 0
     indices,  # [B, max_output], set to -1
     num_boxes,
     num_rows,  # M
@@ -44,23 +43,27 @@ def gather_boxes_kernel(
     index = tl.load(order + segment * num_boxes + row, mask=inside, other=0) + segment * num_boxes
     box = load_box(boxes, classes, index, inside, COMPUTE)
     store_box(sorted_boxes, sorted_classes, segment * num_rows + row, box, row < num_rows)
-    if removed is not None:
-        tl.store(removed + segment * num_rows + row, tl.zeros((ROWS,), tl.uint8), mask=row < num_rows)
 
 
-def launch_gather(candidates: Candidates, removed: Tensor | None, indices: Tensor) -> SortedBoxes:
-    """The boxes in sorted order; sets `removed` to 0 and `indices` to -1."""
+def empty_sorted(boxes: Tensor, classes: Tensor | None) -> SortedBoxes:
+    batch, num_boxes = boxes.shape[:2]
+    num_rows = ceil_div(num_boxes, ROWS) * ROWS
+    dtype, device = compute_dtype(boxes.dtype), boxes.device
+    return SortedBoxes(
+        torch.empty(batch, num_rows, 4, dtype=dtype, device=device),
+        None if classes is None else torch.empty(batch, num_rows, dtype=classes.dtype, device=device),
+    )
+
+
+def launch_gather(candidates: Candidates, indices: Tensor) -> SortedBoxes:
+    """The boxes in sorted order; sets `indices` to -1."""
     boxes, classes, order, _ = candidates
     (batch, num_boxes), max_output = order.shape, indices.shape[1]
-    num_rows = ceil_div(num_boxes, ROWS) * ROWS
-    out = SortedBoxes(
-        torch.empty(batch, num_rows, 4, dtype=compute_dtype(boxes.dtype), device=boxes.device),
-        None if classes is None else torch.empty(batch, num_rows, dtype=classes.dtype, device=boxes.device),
-    )
+    out = empty_sorted(boxes, classes)
+    num_rows = out.boxes.shape[1]
     gather_boxes_kernel[(batch, ceil_div(max(num_rows, max_output), ROWS))](
         *candidates,
         *out,
-        removed,
         indices,
         num_boxes,
         num_rows,

@@ -51,8 +51,8 @@ def scan_boxes_kernel(
     threshold = load_threshold(threshold_bits, COMPUTE)
     last = num_boxes if num_valid is None else tl.load(num_valid + segment).to(tl.int32)
     lane = tl.arange(0, BLOCK)
-    # Boxes are loaded a block ahead and their indices two: a crowd that never fills the output reads all boxes, in as many
-    # steps as there are blocks.
+    # Boxes are loaded a block ahead and their indices two: a crowd that never fills the output takes as many steps as
+    # there are blocks.
     index = tl.load(order + lane, mask=lane < last, other=0)
     next_index = tl.load(order + BLOCK + lane, mask=BLOCK + lane < last, other=0)
     box = load_box(boxes, classes, index, lane < last, COMPUTE)
@@ -103,6 +103,6 @@ def launch_scan(candidates: Candidates, iou_threshold: float, indices: Tensor, c
         STEP=16,
         COMPUTE=triton_dtype(dtype),
         DIVIDE=needs_division(iou_threshold, dtype),
-        num_warps=16,  # tiles of pairs fit 123 registers then; with 8 warps they spill
+        num_warps=16,  # 80 registers; 8 warps would need 128 and half as many instructions again
         enable_fp_fusion=False,
     )

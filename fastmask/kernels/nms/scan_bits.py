@@ -4,9 +4,10 @@ A block of 64 is two columns of words. A column's bits of all earlier rows that 
 the block's own rows then decide about the rest. The loads of a column do not depend on what stays, so those of the next
 block are issued before this one is resolved, and what stays is held in registers.
 
-The chain of dependent steps is the cost: one warp holds 1,024 rows, so that it needs neither barriers nor shared memory.
-A block is about 320 instructions and takes about 520 cycles on sm_90 then, of which a round of `_resolve` is 60; RPN proposals
-take 1.2 rounds. Blocks of 32 would take 350 cycles each, the latency of their loads. Not yet measured on a GPU.
+The chain of dependent steps is the cost. One warp holds 1,024 rows, so that it needs neither barriers nor shared
+memory: a block is 320 instructions and about 520 cycles on sm_90, where a round of `_resolve` is 60 (RPN proposals take
+1.2 rounds) and each reduction across warps 150. More rows have a warp for each 512. Blocks of 32 boxes would take 350
+cycles each, the latency of their loads. Not yet measured on a GPU.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def _resolve(suppressed, rows, lane):
 
 @jit()
 def _load_columns(bits, removed, order, row, lane, begin, last, WORD: tl.constexpr, CHUNK: tl.constexpr):
-    """The WORD-th column of a block of 64: the bits of earlier rows and of the block's two, what is out, and indices."""
+    """The WORD-th column of a block: bits of earlier rows, what is out, bits of the first 32 rows, and indices."""
     position = WORD * 32 + lane
     inside = begin + position < last
     column = bits + WORD * CHUNK
@@ -66,20 +67,19 @@ def _store_kept(
     kept,
     index,
     indices,
+    max_output,
     boxes,
     classes,
     kept_boxes,
     kept_classes,
-    max_output,
     lane,
-    OFFSET: tl.constexpr,
 ):
     """Append the indices, and the boxes, that have a bit in `stays`. Returns how many there are now."""
     lane_stays = (stays >> lane) & 1 != 0
     place = kept + _popcount(stays & ((1 << lane) - 1))
     tl.store(indices + place, index, mask=lane_stays & (place < max_output))
     if kept_boxes is not None:
-        box = load_box(boxes, classes, OFFSET + lane, lane_stays, boxes.dtype.element_ty)
+        box = load_box(boxes, classes, lane, lane_stays, boxes.dtype.element_ty)
         store_box(kept_boxes, kept_classes, place, box, lane_stays)
     return kept + _popcount(stays)
 
@@ -103,8 +103,6 @@ def scan_bits_kernel(
     first,
     CHUNK: tl.constexpr,
 ):
-    # Blocks of 64 boxes, two words of bits: a warp resolves 32 boxes without barriers or shared memory. The loads of the
-    # next block do not depend on what this one keeps, and are issued before this one is resolved.
     segment = tl.program_id(0).to(tl.int64)
     bits += segment * (CHUNK // 32 * CHUNK)
     last = num_boxes if num_valid is None else tl.load(num_valid + segment).to(tl.int32)
@@ -128,9 +126,10 @@ def scan_bits_kernel(
             classes += segment * num_rows + first
             kept_classes += segment * CHUNK - kept
     begin = 0
+    # Of each column: bits of earlier rows, what is out, bits of the block's first 32 rows, indices.
     a0, a1, a2, a3 = _load_columns(bits, removed, order, row, lane, 0, last, 0, CHUNK)
     b0, b1, b2, b3 = _load_columns(bits, removed, order, row, lane, 0, last, 1, CHUNK)
-    corner = tl.load(bits + CHUNK + 32 + lane, mask=32 < last, other=0)
+    corner = tl.load(bits + CHUNK + 32 + lane, mask=last > 32, other=0)
     while (begin < last) & (kept < max_output):
         low = tl.reduce(a0 & keep, None, _or) | tl.reduce(a1, 0, _or)
         high = tl.reduce(b0 & keep, None, _or) | tl.reduce(b1, 0, _or)
@@ -149,10 +148,14 @@ def scan_bits_kernel(
         high = _resolve(high | _suppressed_by(low, rows_across, lane), rows_high, lane)
         stays = tl.where(start % 64 == 0, (low >> lane)[None, :], (high >> lane)[None, :]) & 1
         keep = tl.where(start // 64 * 64 == this, -stays, keep)
-        kept = _store_kept(low, kept, index_low, indices, boxes, classes, kept_boxes, kept_classes, max_output, lane, 0)
-        kept = _store_kept(high, kept, index_high, indices, boxes, classes, kept_boxes, kept_classes, max_output, lane, 32)
+        kept = _store_kept(low, kept, index_low, indices, max_output, boxes, classes, kept_boxes, kept_classes, lane)
         if kept_boxes is not None:
-            boxes += 64 * 4
+            boxes += 32 * 4
             if classes is not None:
-                classes += 64
+                classes += 32
+        kept = _store_kept(high, kept, index_high, indices, max_output, boxes, classes, kept_boxes, kept_classes, lane)
+        if kept_boxes is not None:
+            boxes += 32 * 4
+            if classes is not None:
+                classes += 32
     tl.store(count + segment, tl.minimum(kept, max_output))

@@ -7,15 +7,16 @@ instructions and a branch, so float32 boxes are compared without one, and with t
 
 Proof, for the values that `suppresses` passes:
 
-- If i > 0, both boxes have positive areas a and b, i <= min(a, b) because rounding is monotonic, and u >= max(a, b) / 2.
-  Otherwise, or if anything is NaN or u is infinite, x is at most 0 or NaN, and so is the quotient. The absolute value in
-  the union changes it only if i = 0: there it makes the union of inverted boxes positive, so that x <= 0.
+- If i > 0, both boxes have positive areas a and b, i <= min(a, b) because rounding is monotonic, and
+  u >= max(a, b) / 2. Otherwise, or if anything is NaN or u is infinite, x is at most 0 or NaN, and so is the quotient.
+  The absolute value in the union changes it only if i = 0: it makes the union of inverted boxes positive, so that
+  x <= 0.
 - fl(i / u) > t iff i / u exceeds the midpoint t + h. Equality is impossible: the midpoint times u has an odd factor
   of 25 bits, i has 24.
-- If i - t * u is in [0, 2 * h * u], it is a float32, hence exact: it is a multiple of ulp(t) * ulp(u), 2^24 times that at
-  most. Outside of the interval, rounding does not carry it to the other side of h * u.
-- Nothing underflows: t >= 2^-30 (else `needs_division`), and where a is below 2^-60, i and u are scaled by 2^64. If u then
-  overflows, i / u < 2^-120.
+- If i - t * u is in [0, 2 * h * u], it is a float32, hence exact: it is a multiple of ulp(t) * ulp(u), and at most
+  2^24 times that. Elsewhere, rounding does not carry it to the other side of h * u.
+- Nothing underflows: t >= 2^-30 (else `needs_division`), and where a is below 2^-60, i and u are scaled by 2^64. If u
+  then overflows, i / u < 2^-120.
 """
 
 from __future__ import annotations
