@@ -19,7 +19,7 @@ from fastmask.kernels.nms.gather import SortedBoxes, empty_sorted
 from fastmask.kernels.nms.suppression import Candidates, load_box, store_box
 
 MAX_RANKED = 2048  # boxes in a segment; 40 segments of that length are 20 us of comparisons, as long as a sort takes
-ROWS, COLUMNS = 16, 256
+ROWS, COLUMNS = 8, 256  # 16 rows would spill registers on sm_80 and sm_100
 
 
 @jit()
