@@ -1,9 +1,9 @@
 """NMS with a large output: the sorted boxes are processed in chunks, each with a bit matrix of its suppressions.
 
-The boxes are gathered in sorted order. Then, for each chunk, three launches:
+Kernels read boxes in sorted order, gathered by `rank.py` or `gather.py`. For each chunk there are three launches:
 
 1. `suppression_bits_kernel` computes the bits "row suppresses column" of the chunk, on the whole device.
-2. `scan_bits_kernel` resolves them, one program per segment.
+2. `scan_bits_kernel` (`scan_bits.py`) resolves them, one program per segment.
 3. `suppress_later_kernel` tests the boxes of later chunks against those that the chunk kept, except
    after the last chunk.
 
@@ -166,7 +166,7 @@ def launch_bit_matrix(
             bits_of_threshold,
             CHUNK=chunk,
             ROWS=rows,
-            STEP=8,
+            STEP=8,  # 208 instructions for 8 columns and 48 registers; a division would be 56 for each column
             num_warps=rows // 32,
             **arithmetic,
         )
@@ -187,7 +187,7 @@ def launch_bit_matrix(
             max_output,
             first,
             CHUNK=chunk,
-            num_warps=1 if chunk <= 1024 else chunk // 512,
+            num_warps=1 if chunk <= 1024 else chunk // 512,  # see `scan_bits.py`
         )
         if not is_last:
             blocks = ceil_div(num_boxes - following, 64)

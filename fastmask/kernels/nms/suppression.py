@@ -29,8 +29,6 @@ from torch import Tensor
 from fastmask.kernels._runtime import INTERPRETED, divide, float64_bits, float_of, jit, tl
 from fastmask.kernels.nms.reference import round_down_float32
 
-_INTERPRETED = tl.constexpr(INTERPRETED) if tl else INTERPRETED
-
 
 class Candidates(NamedTuple):
     """The boxes of B segments and their order."""
@@ -82,11 +80,17 @@ def store_box(boxes, classes, index, box, mask):
 
 
 @jit()
-def _fma(x, y, z):
-    """`x * y + z`, rounded once. Triton's interpreter rounds twice: it computes in float64, whose product is exact."""
-    if _INTERPRETED:
-        return (x.to(tl.float64) * y.to(tl.float64) + z.to(tl.float64)).to(tl.float32)
+def _fma_compiled(x, y, z):
     return tl.fma(x, y, z)
+
+
+@jit()
+def _fma_interpreted(x, y, z):
+    return (x.to(tl.float64) * y.to(tl.float64) + z.to(tl.float64)).to(tl.float32)
+
+
+# `x * y + z`, rounded once. Triton's interpreter rounds `tl.fma` twice; in float64 the product is exact.
+_fma = _fma_interpreted if INTERPRETED else _fma_compiled
 
 
 @jit()
