@@ -37,6 +37,7 @@ from benchmarks.reporting.results import FASTMASK
 from fastmask.kernels.nms import bit_matrix, forward
 from fastmask.kernels.nms.reference import nms_reference
 from tests.oracles.nms import assert_same_indices, greedy_nms_padded
+from tests.oracles.nms_variants import VARIANTS
 
 IOU_FLOPS = 13  # 4 extrema, 2 differences, 2 clamps, 3 for the union, a product, a comparison
 LEVELS = 5  # P2 to P6
@@ -252,13 +253,16 @@ OPERATOR = operators.Operator(
         "NMS of 80000 by class, 100 kept": partial(_compile_case, 1, 80000, 100, 0.05),
     },
     limits={
-        "scan_bits_kernel": {"cuda": operators.Limit(112), "hip": operators.Limit(64)},
-        "scan_boxes_kernel": {"cuda": operators.Limit(128), "hip": operators.Limit(80)},
+        "gather_boxes_kernel": {"cuda": operators.Limit(24), "hip": operators.Limit(16)},
+        "rank_boxes_kernel": {"cuda": operators.Limit(48), "hip": operators.Limit(24)},
+        "scan_bits_kernel": {"cuda": operators.Limit(168), "hip": operators.Limit(120)},
+        "scan_boxes_kernel": {"cuda": operators.Limit(88), "hip": operators.Limit(88)},
         "suppress_later_kernel": {"cuda": operators.Limit(40), "hip": operators.Limit(24)},
-        "suppression_bits_kernel": {"cuda": operators.Limit(32), "hip": operators.Limit(24)},
+        "suppression_bits_kernel": {"cuda": operators.Limit(48), "hip": operators.Limit(56)},
     },
     check_random=_check_random,
     models=model_nms.MODELS,
     targets=model_nms.TARGETS,
     fences=model_nms.FENCES,
+    variants=VARIANTS,
 )

@@ -11,10 +11,10 @@ from torchvision.ops import box_iou
 
 from benchmarks.harness.operators import Fence, Launch, ModelTarget, Work
 from benchmarks.harness.workloads import candidates, detections
-from fastmask.kernels.nms.bit_matrix import MAX_CHUNK_ROWS
 
 RPN_THRESHOLD, CLASS_THRESHOLD = 0.7, 0.5  # of the benchmarks
 SECTOR = 32
+WORD = 32  # boxes
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,11 @@ def scan(boxes: Tensor, classes: Tensor | None, threshold: float, size: int, mos
 
 @lru_cache
 def _lists(segments: int, size: int) -> list[Scan]:
-    """The proposals of each level of an RPN, or one list."""
+    """The proposals of each level of an RPN, or one list, in blocks of a word of 32 boxes."""
     scans = []
     for seed in range(segments):
         boxes, scores = candidates(size, seed=seed)
-        scans.append(scan(boxes[scores.argsort(descending=True)], None, RPN_THRESHOLD, 64, size))
+        scans.append(scan(boxes[scores.argsort(descending=True)], None, RPN_THRESHOLD, WORD, size))
     return scans
 
 
@@ -71,59 +71,73 @@ def _classes(block: int, most: int) -> Scan:
     return scan(boxes[order], classes[order], CLASS_THRESHOLD, block, most)
 
 
-def _chunk(launch: Launch) -> tuple[int, int, int]:
-    """Segments, the boxes of one, and the boxes of the launch's chunk."""
+def _chunk(launch: Launch) -> tuple[int, int]:
+    """Segments, and the boxes of the launch's chunk."""
     a = launch.arguments
-    segments, size = a["order"].shape
-    return segments, size, min(64 * a["WORDS"], size - a["first"])
+    return len(a["boxes"]), min(a["CHUNK"], a["num_boxes"] - a["first"])
+
+
+def _rank(launch: Launch) -> Work:
+    a = launch.arguments
+    segments, size = a["scores"].shape
+    inputs = segments * size * (4 + 16)
+    outputs = segments * size * (8 + 16 + 8)
+    return Work(
+        hbm_bytes=inputs + outputs,
+        l2_bytes=launch.programs * (size * 4 + a["ROWS"] * (16 + SECTOR + 8)) + outputs,
+        trips={"first": float(-(-a["num_rows"] // a["COLUMNS"]))},
+    )
+
+
+def _gather(launch: Launch) -> Work:
+    a = launch.arguments
+    boxes = len(a["boxes"]) * a["num_rows"]
+    return Work(hbm_bytes=boxes * (8 + 16 + 16), l2_bytes=boxes * (8 + SECTOR + 16 + 8))
 
 
 def _bits(launch: Launch) -> Work:
     """Half of the tiles lie below the diagonal and return at once."""
     a = launch.arguments
-    segments, _, rows = _chunk(launch)
-    tiles = [(row, word) for row in range(0, rows, a["ROWS"]) for word in range(0, rows, 64) if word + 64 > row]
-    columns = [min(64, rows - word) for _, word in tiles]
-    all_tiles = -(-rows // a["ROWS"]) * -(-rows // 64)
-    read = len(tiles) * (a["ROWS"] + 64) * (8 + 16)
+    segments, rows = _chunk(launch)
+    starts, words = range(0, rows, a["ROWS"]), range(0, rows, WORD)
+    tiles = sum(word + WORD - 1 > row for row in starts for word in words)
+    moved = a["ROWS"] * (16 + 4) + WORD * 16
     return Work(
-        hbm_bytes=segments * rows * (8 + 16),
-        l2_bytes=segments * (read + len(tiles) * a["ROWS"] * SECTOR),  # a word of each row lies in a sector of its own
-        trips={"j": sum(columns) / len(columns)},
-        branches={"if (word * 64": len(tiles) / all_tiles},
+        hbm_bytes=segments * rows * 16,
+        l2_bytes=segments * tiles * moved,
+        trips={"j": WORD / a["STEP"]},
+        branches={"if (word * 32": tiles / (len(starts) * len(words))},
     )
 
 
 def _scan_bits(launch: Launch) -> Work:
     a = launch.arguments
-    segments, size, rows = _chunk(launch)
-    begin, end = a["first"] // 64, -(-(a["first"] + rows) // 64)
-    scans = _lists(segments, size)
+    segments, rows = _chunk(launch)
+    begin, end = a["first"] // WORD, -(-(a["first"] + rows) // WORD)
+    scans = _lists(segments, a["num_boxes"])
     kept = sum(part.kept[end - 1] - (part.kept[begin - 1] if begin else 0) for part in scans)
-    read = segments * rows * (SECTOR + 8) + kept * 8 * a["WORDS"]
+    rounds = [sum(part.rounds[begin + half : end : 2]) for part in scans for half in (0, 1)]
+    blocks = -(-(end - begin) // 2)
+    read = segments * rows * (8 + rows / WORD * 4 / 2)
     return Work(
         hbm_bytes=segments * rows * 8 + kept * 8,
         l2_bytes=read + kept * 8,
         trips={
-            "block": float(end - begin),
-            "stays": sum(part.mean_rounds(begin, end) for part in scans) / segments,
+            "begin": float(blocks),
+            "_resolve.stays": (sum(rounds[::2]) / segments / blocks, sum(rounds[1::2]) / segments / blocks),
         },
-        branches={"if first > 0": float(a["first"] > 0)},
     )
 
 
 def _suppress_later(launch: Launch) -> Work:
     a = launch.arguments
-    segments, size = a["order"].shape
-    following = a["first"] // 64  # blocks scanned so far; `first` is that of the next chunk
-    chunk = MAX_CHUNK_ROWS // 64
-    (part,) = _lists(segments, size)
-    begin, end = part.kept[following - 1 - chunk] if following > chunk else 0, part.kept[following - 1]
-    kept = end - begin
-    boxes = launch.programs * a["ROWS"] * (1 + 8 + 16)
+    following, chunk = a["first"] // WORD, a["CHUNK"] // WORD  # `first` is that of the next chunk
+    (part,) = _lists(len(a["boxes"]), a["num_boxes"])
+    kept = part.kept[following - 1] - (part.kept[following - 1 - chunk] if following > chunk else 0)
+    boxes = launch.programs * a["ROWS"] * (1 + 16)
     return Work(
-        hbm_bytes=boxes + kept * (8 + 16),
-        l2_bytes=boxes + launch.programs * kept * (8 + 16),
+        hbm_bytes=boxes + kept * 16,
+        l2_bytes=boxes + launch.programs * kept * 16,
         trips={"suppressed_by_kept.first": float(-(-kept // a["STEP"]))},
     )
 
@@ -138,7 +152,7 @@ def _scan_boxes(launch: Launch) -> Work:
         hbm_bytes=part.blocks * a["BLOCK"] * (8 + 16 + 8) + 8 * part.kept[-1],
         l2_bytes=read,
         trips={
-            "first": float(part.blocks),
+            "first": (float(part.blocks), -(-(a["max_output"] - part.kept[-1]) // a["BLOCK"])),  # blocks, padding
             "suppressed_by_kept.first": sum(steps) / part.blocks,
             "changed": part.mean_rounds(0, part.blocks),
         },
@@ -146,12 +160,14 @@ def _scan_boxes(launch: Launch) -> Work:
 
 
 MODELS = {
+    "gather_boxes_kernel": _gather,
+    "rank_boxes_kernel": _rank,
     "scan_bits_kernel": _scan_bits,
     "scan_boxes_kernel": _scan_boxes,
     "suppress_later_kernel": _suppress_later,
     "suppression_bits_kernel": _bits,
 }
-BIT_MATRIX = ("scan_bits_kernel", "suppression_bits_kernel")
+BIT_MATRIX = ("rank_boxes_kernel", "scan_bits_kernel", "suppression_bits_kernel")
 TARGETS = (ModelTarget("NMS of 5x1000", BIT_MATRIX, 52), ModelTarget("NMS of 5x2000", BIT_MATRIX, 80))
-# A block reads the boxes that earlier blocks kept: other threads stored their indices.
-FENCES = (Fence("scan_boxes_kernel", store="indices + place", load="kept + position"),)
+# A block reads the boxes that earlier blocks kept, which other threads stored.
+FENCES = (Fence("scan_boxes_kernel", store="tl.store(boxes + index * 4", load="tl.load(box"),)

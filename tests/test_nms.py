@@ -4,7 +4,7 @@ import pytest
 import torch
 import torchvision
 
-from fastmask.kernels.nms import batched_nms, bit_matrix, forward, nms, nms_padded
+from fastmask.kernels.nms import batched_nms, bit_matrix, forward, nms, nms_padded, rank
 from fastmask.kernels.nms import reference as nms_reference
 from tests.oracles.nms import assert_same_indices, draw_candidates, greedy_nms, greedy_nms_padded
 
@@ -15,11 +15,13 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 
 
-@pytest.fixture(params=["scan", "bit_matrix"])
+@pytest.fixture(params=["scan", "bit_matrix", "sorted"])
 def algorithm(request, monkeypatch):
-    """Both algorithms of the accelerator, whatever the size of the output; chunks of two blocks."""
+    """Both algorithms of the accelerator, whatever the size of the output, in chunks of 128 boxes; with both sorts."""
     monkeypatch.setattr(forward, "MAX_SINGLE_LAUNCH_OUTPUT", 1 << 30 if request.param == "scan" else 0)
     monkeypatch.setattr(bit_matrix, "MAX_CHUNK_ROWS", 128)
+    if request.param == "sorted":
+        monkeypatch.setattr(rank, "MAX_RANKED", 0)
 
 
 @pytest.mark.usefixtures("algorithm")
@@ -103,6 +105,45 @@ def test_ties_keep_their_order(device):
     scores = (scores * 4).floor()
     expected = greedy_nms(boxes, scores, 0.4)
     assert torch.equal(nms(boxes.to(device), scores.to(device), 0.4).cpu(), expected)
+
+
+@pytest.mark.usefixtures("algorithm")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_order_of_nan_infinities_zeros_and_ties(dtype, device):
+    """NaN before infinity, in any representation; -0 and 0 are a tie; ties by index. No box touches another."""
+    boxes, _ = draw_candidates(40, 0, kind="disjoint")
+    scores = torch.tensor([0.0, -0.0, NAN, INF, -INF, -1e-30, 1e-30, -NAN, 1.0, -1.0]).repeat(4).to(dtype)
+    expected = scores.sort(descending=True, stable=True).indices
+    assert torch.equal(greedy_nms(boxes, scores, 0.5), expected)
+    assert torch.equal(nms(boxes.to(device, dtype), scores.to(device), 0.5).cpu(), expected)
+
+
+@pytest.mark.usefixtures("algorithm")
+def test_strided_scores_and_counts(device):
+    boxes, scores = (torch.stack(t) for t in zip(*(draw_candidates(100, seed) for seed in range(2)), strict=True))
+    counts = torch.tensor([100, 7, 60, 7])
+    strided = boxes.mT.contiguous().mT.to(device), scores.T.contiguous().T.to(device)
+    actual = nms_padded(*strided, 0.4, 50, counts=counts.to(device)[::2], score_threshold=0.1)
+    assert_same_indices(actual, greedy_nms_padded(boxes, scores, 0.4, 50, None, counts[::2], 0.1))
+
+
+@pytest.mark.usefixtures("algorithm")
+@pytest.mark.parametrize("threshold", [0.3, 1 / 3, 0.5, 0.7, 0.9, 1.0, 1e-8, 1e-30, 1e-40])
+def test_iou_within_a_few_units_in_the_last_place_of_the_threshold(threshold, device):
+    """Pairs, each of its own class, with areas of every exponent of float32, subnormal ones included."""
+    g = torch.Generator().manual_seed(0)
+    exponent = torch.linspace(-148, 126, 200).int()
+    larger = torch.ldexp(1 + torch.rand(200, generator=g, dtype=torch.float64), exponent).float()
+    smaller = (larger.double() * threshold).float().view(torch.int32)
+    smaller = (smaller + torch.randint(-4, 5, (200,), generator=g, dtype=torch.int32)).clamp(min=0).view(torch.float32)
+    zero, one, classes = torch.zeros(200), torch.ones(200), torch.arange(200).repeat(2)
+    boxes = torch.cat([torch.stack([zero, zero, one, height], 1) for height in (larger, smaller)])
+    scores = torch.rand(400, generator=g)
+    expected = torchvision.ops.boxes._batched_nms_vanilla(boxes, scores, classes, threshold)
+    actual = batched_nms(boxes.to(device), scores.to(device), classes.to(device), threshold)
+    assert torch.equal(actual.cpu(), expected)
+    assert len(expected) > 210
+    assert len(expected) < 390 or threshold == 1
 
 
 @pytest.mark.usefixtures("algorithm")

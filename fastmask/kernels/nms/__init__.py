@@ -10,12 +10,13 @@ B segments (images, pyramid levels), N boxes in each. A box is `(x1, y1, x2, y2)
 classes cannot overlap, changes IoUs by rounding. An IoU of NaN (two boxes without area, a NaN or infinite side)
 suppresses nothing.
 
-The size of the output chooses one of two algorithms:
+Segments of up to 2,048 boxes are sorted by counting (`rank.py`), longer ones by `torch.sort`. The size of the output
+then chooses one of two algorithms:
 
 - Small (`scan.py`): one launch, one program per segment, which reads sorted boxes until the output is full.
 - Large (`bit_matrix.py`): the sorted boxes are processed in chunks. The whole device computes a chunk's bits of "row
-  suppresses column", one program per segment resolves them, and the boxes of later chunks are tested against the
-  kept ones in parallel.
+  suppresses column", one program per segment resolves them (`scan_bits.py`), and the boxes of later chunks are tested
+  against the kept ones in parallel.
 
 Inside a block of boxes the greedy result is the only fixed point of "a box stays unless an earlier box that stays
 suppresses it". Indices are written in place: nothing is compacted, and `nms_padded` never synchronises. Deterministic,

@@ -1,9 +1,9 @@
 """NMS with a large output: the sorted boxes are processed in chunks, each with a bit matrix of its suppressions.
 
-For each chunk, three launches:
+Kernels read boxes in sorted order, gathered by `rank.py` or `gather.py`. For each chunk there are three launches:
 
 1. `suppression_bits_kernel` computes the bits "row suppresses column" of the chunk, on the whole device.
-2. `scan_bits_kernel` resolves them, one program per segment.
+2. `scan_bits_kernel` (`scan_bits.py`) resolves them, one program per segment.
 3. `suppress_later_kernel` tests the boxes of later chunks against those that the chunk kept, except
    after the last chunk.
 
@@ -16,10 +16,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmask.kernels._runtime import ceil_div, float_of, jit, next_power_of_2, tl, triton_dtype
+from fastmask.kernels._runtime import ceil_div, jit, next_power_of_2, tl, triton_dtype
+from fastmask.kernels.nms.gather import ROWS, SortedBoxes, launch_gather
+from fastmask.kernels.nms.scan_bits import scan_bits_kernel
 from fastmask.kernels.nms.suppression import (
     Candidates,
     load_box,
+    load_threshold,
+    needs_division,
     suppressed_by_kept,
     suppresses,
     threshold_bits,
@@ -29,140 +33,85 @@ MAX_CHUNK_ROWS = 4096  # a power of two, >= 64
 MAX_BITMATRIX_BYTES = 1 << 28  # of all segments together; beyond, chunks shrink
 
 
-@jit(do_not_specialize=["num_boxes", "max_output", "first", "threshold_bits"])
+@jit(do_not_specialize=["num_boxes", "num_rows", "max_output", "first", "threshold_bits"])
 def suppression_bits_kernel(
-    boxes,  # [B, N, 4]
-    classes,  # [B, N] or None
-    order,  # [B, N] by falling score
-    num_valid,  # [B] length of the prefix of `order` that takes part
-    count,  # [B] kept in earlier chunks, unwritten before the first
-    bits,  # [B, 64 * WORDS, WORDS] int64: bit j of word w in row i: i suppresses 64 * w + j
+    boxes,  # [B, M, 4] sorted
+    classes,  # [B, M] or None
+    num_valid,  # [B] or None: all N
+    before,  # [B] kept in earlier chunks, or None: this is the first
+    bits,  # [B, CHUNK / 32, CHUNK] int32: bit j of row i in word w: i suppresses 32 * w + j
     num_boxes,
+    num_rows,  # M
     max_output,
     first,  # position of the chunk among the sorted boxes
     threshold_bits,
-    WORDS: tl.constexpr,
+    CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
+    STEP: tl.constexpr,
     COMPUTE: tl.constexpr,
+    DIVIDE: tl.constexpr,
 ):
     # One row per thread and a loop over columns: words fill in registers, without shuffles.
     segment = tl.program_id(0).to(tl.int64)
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    begin = tl.program_id(1) * ROWS
     word = tl.program_id(2)
-    last = tl.load(num_valid + segment).to(tl.int32) - first
-    kept = 0
-    if first > 0:
-        kept = tl.load(count + segment).to(tl.int32)
-    if (word * 64 + 64 > tl.program_id(1) * ROWS) & (word * 64 < last) & (kept < max_output):
-        boxes += segment * num_boxes * 4
-        order += segment * num_boxes + first
+    last = (num_boxes if num_valid is None else tl.load(num_valid + segment).to(tl.int32)) - first
+    kept = 0 if before is None else tl.load(before + segment).to(tl.int32)
+    if (word * 32 + 31 > begin) & (begin < last) & (word * 32 < last) & (kept < max_output):
+        boxes += (segment * num_rows + first) * 4
         if classes is not None:
-            classes += segment * num_boxes
-        threshold = float_of(threshold_bits, COMPUTE)
-        inside = row < last
-        box = load_box(boxes, classes, tl.load(order + row, mask=inside, other=0), inside, COMPUTE)
-        suppressed = tl.zeros((ROWS,), tl.int64)
-        for j in range(tl.minimum(64, last - word * 64)):
-            column = word * 64 + j
-            other = load_box(boxes, classes, tl.load(order + column), None, COMPUTE)
-            hit = suppresses(box, other, threshold) & (column > row)
-            suppressed |= hit.to(tl.int64) << j
-        tl.store(bits + (segment * (WORDS * 64) + row) * WORDS + word, suppressed, mask=inside)
+            classes += segment * num_rows + first
+        threshold = load_threshold(threshold_bits, COMPUTE)
+        row = begin + tl.arange(0, ROWS)
+        box = load_box(boxes, classes, row, None, COMPUTE)
+        suppressed = tl.zeros((ROWS,), tl.int32)
+        for j in range(0, 32, STEP):
+            some = tl.zeros((ROWS,), tl.int32)
+            for k in tl.static_range(STEP):  # without branches: the loads of all columns are issued first
+                other = load_box(boxes, classes, word * 32 + j + k, None, COMPUTE)
+                some |= suppresses(box, other, threshold, DIVIDE).to(tl.int32) << k
+            suppressed |= some << j
+        earlier = row - word * 32  # columns up to the row itself: a box suppresses later ones only
+        later = tl.where(earlier < 0, -1, tl.where(earlier < 31, -2 << earlier, 0))
+        tl.store(bits + (segment * (CHUNK // 32) + word) * CHUNK + row, suppressed & later)
 
 
-@jit()
-def _or(a, b):
-    return a | b
-
-
-@jit(do_not_specialize=["num_boxes", "max_output", "first"])
-def scan_bits_kernel(
-    bits,  # [B, 64 * WORDS, WORDS]
-    removed,  # [B, N] uint8: suppressed by an earlier chunk
-    order,  # [B, N]
-    num_valid,  # [B]
-    indices,  # [B, max_output]
-    count_before,  # [B] kept before this chunk
-    count,  # [B] kept after it
-    num_boxes,
-    max_output,
-    first,
-    WORDS: tl.constexpr,
-):
-    segment = tl.program_id(0).to(tl.int64)
-    bits += segment * (WORDS * 64 * WORDS)
-    order += segment * num_boxes + first
-    removed += segment * num_boxes + first
-    indices += segment * max_output
-    last = tl.minimum(tl.load(num_valid + segment).to(tl.int32) - first, WORDS * 64)
-    lane = tl.arange(0, 64)
-    bit = lane.to(tl.int64)
-    word = tl.arange(0, WORDS)
-    suppressed = tl.zeros((WORDS,), tl.int64)
-    kept = 0
-    if first > 0:
-        kept = tl.load(count + segment).to(tl.int32)
-    tl.store(count_before + segment, kept)
-    block = 0
-    while (block * 64 < last) & (kept < max_output):
-        row = block * 64 + lane
-        inside = row < last
-        diagonal = tl.load(bits + row * WORDS + block, mask=inside, other=0)
-        candidate = inside
-        if first > 0:
-            candidate = inside & (tl.load(removed + row, mask=inside, other=1) == 0)
-        candidates = tl.sum(candidate.to(tl.int64) << bit, 0) & ~tl.sum(tl.where(word == block, suppressed, 0), 0)
-        stays = candidates
-        previous = ~candidates
-        while stays != previous:
-            previous = stays
-            stays = candidates & ~tl.reduce(tl.where((stays >> bit) & 1 != 0, diagonal, 0), 0, _or)
-        lane_stays = (stays >> bit) & 1
-        place = kept + tl.cumsum(lane_stays.to(tl.int32), 0) - 1
-        index = tl.load(order + row, mask=inside, other=0)
-        tl.store(indices + place, index, mask=(lane_stays != 0) & (place < max_output))
-        later = (lane_stays != 0)[:, None] & (word > block)[None, :]
-        suppressed |= tl.reduce(tl.load(bits + row[:, None] * WORDS + word[None, :], mask=later, other=0), 0, _or)
-        kept = tl.minimum(kept + tl.sum(lane_stays.to(tl.int32), 0), max_output)
-        block += 1
-    tl.store(count + segment, kept)
-
-
-@jit(do_not_specialize=["num_boxes", "max_output", "blocks", "first", "threshold_bits"])
+@jit(do_not_specialize=["num_boxes", "num_rows", "max_output", "blocks", "first", "threshold_bits"])
 def suppress_later_kernel(
-    boxes,  # [B, N, 4]
-    classes,  # [B, N] or None
-    order,  # [B, N]
-    num_valid,  # [B]
-    indices,  # [B, max_output]
-    count_before,  # [B]
-    count,  # [B]
-    removed,  # [B, N] uint8, set here
+    boxes,  # [B, M, 4] sorted
+    classes,  # [B, M] or None
+    num_valid,  # [B] or None: all N
+    before,  # [B] kept in earlier chunks, or None
+    count,  # [B] and in the last one
+    kept_boxes,  # [B, CHUNK, 4] of the last chunk
+    kept_classes,  # [B, CHUNK] or None
+    removed,  # [B, M] uint8, set here
     num_boxes,
+    num_rows,  # M
     max_output,
     blocks,  # of ROWS boxes, in a segment from `first` on
     first,  # position of the next chunk
     threshold_bits,
+    CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
     STEP: tl.constexpr,
     COMPUTE: tl.constexpr,
+    DIVIDE: tl.constexpr,
 ):
     segment = (tl.program_id(0) // blocks).to(tl.int64)
     row = first + tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
-    begin = tl.load(count_before + segment).to(tl.int32)
-    end = tl.load(count + segment).to(tl.int32)
-    inside = row < tl.load(num_valid + segment).to(tl.int32)
-    removed += segment * num_boxes + row
+    inside = row < (num_boxes if num_valid is None else tl.load(num_valid + segment).to(tl.int32))
+    removed += segment * num_rows + row
     inside = inside & (tl.load(removed, mask=inside, other=1) == 0)
-    if (begin < end) & (end < max_output) & (tl.max(inside.to(tl.int32), 0) != 0):
-        boxes += segment * num_boxes * 4
-        indices += segment * max_output
+    kept = tl.load(count + segment).to(tl.int32)
+    if (kept < max_output) & (tl.max(inside.to(tl.int32), 0) != 0):
+        box = load_box(boxes, classes, segment * num_rows + row, inside, COMPUTE)
+        kept_boxes += segment * CHUNK * 4
         if classes is not None:
-            classes += segment * num_boxes
-        index = tl.load(order + segment * num_boxes + row, mask=inside, other=0)
-        box = load_box(boxes, classes, index, inside, COMPUTE)
-        threshold = float_of(threshold_bits, COMPUTE)
-        hit = suppressed_by_kept(box, boxes, classes, indices, begin, end, threshold, ROWS, STEP, COMPUTE)
+            kept_classes += segment * CHUNK
+        size = kept if before is None else kept - tl.load(before + segment).to(tl.int32)
+        threshold = load_threshold(threshold_bits, COMPUTE)
+        hit = suppressed_by_kept(box, kept_boxes, kept_classes, size, threshold, ROWS, STEP, COMPUTE, DIVIDE)
         tl.store(removed, hit.to(tl.uint8), mask=inside)
 
 
@@ -174,61 +123,92 @@ def _chunk_rows(batch: int, num_boxes: int) -> int:
     return rows
 
 
-def launch_bit_matrix(candidates: Candidates, iou_threshold: float, indices: Tensor, count: Tensor) -> None:
-    """Write `indices[B, max_output]`, which are filled with -1, and `count[B]`."""
+def launch_bit_matrix(
+    candidates: Candidates, gathered: SortedBoxes | None, iou_threshold: float, indices: Tensor, count: Tensor
+) -> None:
+    """Write `indices[B, max_output]` and `count[B]`; if there are `gathered` boxes, the indices are -1 already."""
     (batch, num_boxes), max_output = candidates.order.shape, indices.shape[1]
-    dtype, device = candidates.boxes.dtype, indices.device
+    dtype, device, num_valid = candidates.boxes.dtype, indices.device, candidates.num_valid
     bits_of_threshold = threshold_bits(iou_threshold, dtype)
-    arithmetic = {"COMPUTE": triton_dtype(dtype), "enable_fp_fusion": False}
+    arithmetic = {
+        "COMPUTE": triton_dtype(dtype),
+        "DIVIDE": needs_division(iou_threshold, dtype),
+        "enable_fp_fusion": False,
+    }
     chunk = _chunk_rows(batch, num_boxes)
-    rows, words = min(128, chunk), chunk // 64
+    rows = min(128, chunk)
 
-    bits = torch.empty(batch, chunk, words, dtype=torch.int64, device=device)
-    removed = torch.zeros(batch, num_boxes if num_boxes > chunk else 0, dtype=torch.uint8, device=device)
-    count_before = torch.empty_like(count)
+    removed = kept_boxes = kept_classes = None
+    if num_boxes > chunk:
+        removed = torch.zeros(batch, ceil_div(num_boxes, ROWS) * ROWS, dtype=torch.uint8, device=device)
+    boxes, classes = gathered or launch_gather(candidates, indices)
+    num_rows = boxes.shape[1]
+    if num_boxes > chunk:
+        kept_boxes = boxes.new_empty(batch, chunk, 4)
+        kept_classes = None if classes is None else classes.new_empty(batch, chunk)
+    bits = torch.empty(batch, chunk // 32, chunk, dtype=torch.int32, device=device)
+    before = None
     for first in range(0, num_boxes, chunk):
         size = min(chunk, num_boxes - first)
-        suppression_bits_kernel[(batch, ceil_div(size, rows), ceil_div(size, 64))](
-            *candidates,
-            count,
+        following = first + chunk
+        is_last = following >= num_boxes
+        kept = count if is_last else torch.empty_like(count)
+        suppression_bits_kernel[(batch, ceil_div(size, rows), ceil_div(size, 32))](
+            boxes,
+            classes,
+            num_valid,
+            before,
             bits,
             num_boxes,
+            num_rows,
             max_output,
             first,
             bits_of_threshold,
-            WORDS=words,
+            CHUNK=chunk,
             ROWS=rows,
+            STEP=8,  # 208 instructions for 8 columns and 48 registers; a division would be 56 for each column
+            num_warps=rows // 32,
             **arithmetic,
         )
         scan_bits_kernel[(batch,)](
+            boxes,
+            classes,
+            candidates.order,
+            num_valid,
             bits,
             removed,
-            candidates.order,
-            candidates.num_valid,
             indices,
-            count_before,
-            count,
+            before,
+            kept,
+            None if is_last else kept_boxes,
+            None if is_last else kept_classes,
             num_boxes,
+            num_rows,
             max_output,
             first,
-            WORDS=words,
-            num_warps=8 if words > 8 else 4,
+            CHUNK=chunk,
+            num_warps=1 if chunk <= 1024 else chunk // 512,  # see `scan_bits.py`
         )
-        following = first + chunk
-        if following < num_boxes:
+        if not is_last:
             blocks = ceil_div(num_boxes - following, 64)
             suppress_later_kernel[(batch * blocks,)](
-                *candidates,
-                indices,
-                count_before,
-                count,
+                boxes,
+                classes,
+                num_valid,
+                before,
+                kept,
+                kept_boxes,
+                kept_classes,
                 removed,
                 num_boxes,
+                num_rows,
                 max_output,
                 blocks,
                 following,
                 bits_of_threshold,
-                ROWS=64,  # 40 registers, against 103 with 16 columns a step
+                CHUNK=chunk,
+                ROWS=64,
                 STEP=4,
                 **arithmetic,
             )
+        before = kept

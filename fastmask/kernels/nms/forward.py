@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastmask.kernels._runtime import on_device_of
 from fastmask.kernels.nms.bit_matrix import launch_bit_matrix
+from fastmask.kernels.nms.rank import can_rank, launch_rank
 from fastmask.kernels.nms.reference import valid_mask
 from fastmask.kernels.nms.scan import launch_scan
 from fastmask.kernels.nms.suppression import Candidates
@@ -24,26 +25,35 @@ def launch_nms_padded(
 ) -> tuple[Tensor, Tensor]:
     """Indices `[B, max_output]` and counts `[B]`, without a host-device synchronisation."""
     batch, num_boxes = scores.shape
-    indices = torch.full((batch, spec.max_output), -1, dtype=torch.int64, device=boxes.device)
     if not batch * num_boxes * spec.max_output:
+        indices = torch.full((batch, spec.max_output), -1, dtype=torch.int64, device=boxes.device)
         return indices, torch.zeros(batch, dtype=torch.int64, device=boxes.device)
 
-    candidates = _sorted(boxes, scores, classes, valid_mask(scores, counts, spec.score_threshold))
-    count = torch.empty_like(candidates.num_valid)
-    launch = launch_scan if spec.max_output <= MAX_SINGLE_LAUNCH_OUTPUT else launch_bit_matrix
+    indices = torch.empty(batch, spec.max_output, dtype=torch.int64, device=boxes.device)
+    count = torch.empty(batch, dtype=torch.int64, device=boxes.device)
+    boxes, classes = boxes.contiguous(), None if classes is None else classes.contiguous()
+    is_scan = spec.max_output <= MAX_SINGLE_LAUNCH_OUTPUT
     with on_device_of(boxes):
-        launch(candidates, spec.iou_threshold, indices, count)
+        if can_rank(scores):
+            scores = scores.contiguous()
+            valid = valid_mask(scores, None, spec.score_threshold)
+            candidates, gathered = launch_rank(boxes, scores, classes, valid, counts, not is_scan, indices)
+        else:
+            gathered = None
+            candidates = _sorted(boxes, scores, classes, valid_mask(scores, counts, spec.score_threshold))
+        if is_scan:
+            launch_scan(candidates, spec.iou_threshold, indices, count)
+        else:
+            launch_bit_matrix(candidates, gathered, spec.iou_threshold, indices, count)
     return indices, count
 
 
 def _sorted(boxes: Tensor, scores: Tensor, classes: Tensor | None, valid: Tensor | None) -> Candidates:
-    batch, num_boxes = scores.shape
-    if valid is None:
-        num_valid = torch.full((batch,), num_boxes, dtype=torch.int64, device=boxes.device)
-    else:
+    num_valid = None
+    if valid is not None:
         num_valid = valid.sum(1)
         # A valid score can be -inf only where `counts` alone decide what is valid, and valid boxes then have the
         # smaller indices: the stable sort keeps them first.
         scores = scores.masked_fill(~valid, -torch.inf)
     order = scores.sort(dim=1, descending=True, stable=True).indices
-    return Candidates(boxes.contiguous(), None if classes is None else classes.contiguous(), order, num_valid)
+    return Candidates(boxes, classes, order, num_valid)

@@ -9,10 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmask.kernels._runtime import float_of, jit, tl, triton_dtype
+from fastmask.kernels._runtime import compute_dtype, jit, tl, triton_dtype
 from fastmask.kernels.nms.suppression import (
     Candidates,
     load_box,
+    load_threshold,
+    needs_division,
+    store_box,
     suppressed_by_kept,
     suppresses_pairs,
     threshold_bits,
@@ -24,8 +27,10 @@ def scan_boxes_kernel(
     boxes,  # [B, N, 4]
     classes,  # [B, N] or None
     order,  # [B, N] by falling score
-    num_valid,  # [B] length of the prefix of `order` that takes part
-    indices,  # [B, max_output], filled with -1
+    num_valid,  # [B] length of the prefix of `order` that takes part, or None: all N
+    kept_boxes,  # [B, max_output, 4]
+    kept_classes,  # [B, max_output] or None
+    indices,  # [B, max_output]
     count,  # [B]
     num_boxes,
     max_output,
@@ -33,45 +38,62 @@ def scan_boxes_kernel(
     BLOCK: tl.constexpr,
     STEP: tl.constexpr,
     COMPUTE: tl.constexpr,
+    DIVIDE: tl.constexpr,
 ):
     segment = tl.program_id(0).to(tl.int64)
     boxes += segment * num_boxes * 4
     order += segment * num_boxes
+    kept_boxes += segment * max_output * 4
     indices += segment * max_output
     if classes is not None:
         classes += segment * num_boxes
-    threshold = float_of(threshold_bits, COMPUTE)
-    last = tl.load(num_valid + segment).to(tl.int32)
+        kept_classes += segment * max_output
+    threshold = load_threshold(threshold_bits, COMPUTE)
+    last = num_boxes if num_valid is None else tl.load(num_valid + segment).to(tl.int32)
     lane = tl.arange(0, BLOCK)
+    # Boxes are loaded a block ahead and their indices two: a crowd that never fills the output takes as many steps as
+    # there are blocks.
+    index = tl.load(order + lane, mask=lane < last, other=0)
+    next_index = tl.load(order + BLOCK + lane, mask=BLOCK + lane < last, other=0)
+    box = load_box(boxes, classes, index, lane < last, COMPUTE)
     first = 0
     kept = 0
     while (first < last) & (kept < max_output):
-        inside = first + lane < last
-        index = tl.load(order + first + lane, mask=inside, other=0)
-        box = load_box(boxes, classes, index, inside, COMPUTE)
-        suppressed = suppressed_by_kept(box, boxes, classes, indices, 0, kept, threshold, BLOCK, STEP, COMPUTE)
-        candidate = (inside & ~suppressed).to(tl.int32)
-        hit = (suppresses_pairs(box, box, threshold) & (lane[:, None] < lane[None, :])).to(tl.int32)
-        stays = candidate
-        changed = 1
-        while changed != 0:
-            following = candidate & ~tl.max(hit & stays[:, None], 0)
-            changed = tl.max(following ^ stays, 0)
-            stays = following
-        place = kept + tl.cumsum(stays, 0) - 1
-        tl.store(indices + place, index, mask=(stays != 0) & (place < max_output))
-        tl.debug_barrier()  # the next block reads what this one stored
-        kept = tl.minimum(kept + tl.sum(stays, 0), max_output)
+        following = first + BLOCK + lane
+        next_box = load_box(boxes, classes, next_index, following < last, COMPUTE)
+        after_next = tl.load(order + BLOCK + following, mask=BLOCK + following < last, other=0)
+        suppressed = suppressed_by_kept(box, kept_boxes, kept_classes, kept, threshold, BLOCK, STEP, COMPUTE, DIVIDE)
+        candidate = ((first + lane < last) & ~suppressed).to(tl.int32)
+        if tl.max(candidate, 0) != 0:
+            hit = (suppresses_pairs(box, box, threshold, DIVIDE) & (lane[:, None] < lane[None, :])).to(tl.int32)
+            stays = candidate
+            changed = 1
+            while changed != 0:
+                remaining = candidate & ~tl.max(hit & stays[:, None], 0)
+                changed = tl.max(remaining ^ stays, 0)
+                stays = remaining
+            place = kept + tl.cumsum(stays, 0) - 1
+            stored = (stays != 0) & (place < max_output)
+            tl.store(indices + place, index, mask=stored)
+            store_box(kept_boxes, kept_classes, place, box, stored)
+            kept = tl.minimum(kept + tl.sum(stays, 0), max_output)
+            tl.debug_barrier()  # the next block reads the boxes that this one stored
+        index, next_index, box = next_index, after_next, next_box
         first += BLOCK
     tl.store(count + segment, kept)
+    for first in range(kept, max_output, BLOCK):
+        tl.store(indices + first + lane, tl.full((BLOCK,), -1, tl.int64), mask=first + lane < max_output)
 
 
 def launch_scan(candidates: Candidates, iou_threshold: float, indices: Tensor, count: Tensor) -> None:
-    """Write `indices[B, max_output]`, which are filled with -1, and `count[B]`."""
-    dtype = candidates.boxes.dtype
-    num_boxes, max_output = candidates.order.shape[1], indices.shape[1]
-    scan_boxes_kernel[(len(indices),)](
+    """Write `indices[B, max_output]` and `count[B]`."""
+    boxes, classes, order, _ = candidates
+    dtype, num_boxes = boxes.dtype, order.shape[1]
+    batch, max_output = indices.shape
+    scan_boxes_kernel[(batch,)](
         *candidates,
+        torch.empty(batch, max_output, 4, dtype=compute_dtype(dtype), device=boxes.device),
+        None if classes is None else classes.new_empty(batch, max_output),
         indices,
         count,
         num_boxes,
@@ -80,6 +102,7 @@ def launch_scan(candidates: Candidates, iou_threshold: float, indices: Tensor, c
         BLOCK=32 if dtype == torch.float64 else 64,
         STEP=16,
         COMPUTE=triton_dtype(dtype),
-        num_warps=16,  # tiles of pairs fit 123 registers then; with 8 warps they spill
+        DIVIDE=needs_division(iou_threshold, dtype),
+        num_warps=16,  # 80 registers; 8 warps would need 128 and half as many instructions again
         enable_fp_fusion=False,
     )
