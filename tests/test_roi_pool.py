@@ -70,7 +70,7 @@ def test_operator_returns_the_argmax(device):
     features, boxes = draw_features_and_boxes(1, 3, 7, 6, boxes=3, seed=5)
     boxes = boxes.round()
     _, expected = exact_pool(features, boxes, (2, 2))
-    _, argmax = torch.ops.fastmask.roi_pool(features.to(device), boxes.to(device), 2, 2, 1.0)
+    _, argmax = torch.ops.fastmask.roi_pool([features.to(device)], boxes.to(device), *RoIPoolSpec(2, 2, [1.0]))
     assert argmax.dtype == torch.int32
     assert torch.equal(argmax.cpu(), expected)
 
@@ -218,7 +218,7 @@ def test_gradients_of_both_orders():
 def test_second_derivative_gathers_from_the_argmax(device):
     features, boxes = draw_features_and_boxes(2, 3, 4, 5, boxes=3, seed=9)
     features, boxes = features.to(device).requires_grad_(), boxes.to(device)
-    output, argmax = torch.ops.fastmask.roi_pool(features, boxes, 2, 2, 1.0)
+    output, argmax = torch.ops.fastmask.roi_pool([features], boxes, *RoIPoolSpec(2, 2, [1.0]))
     grad = torch.randn_like(output).requires_grad_()
     (gradient,) = torch.autograd.grad(output, features, grad, create_graph=True)
     direction = torch.randn_like(gradient)
@@ -257,12 +257,14 @@ def test_operators_are_registered_in_full(device, channels_last):
     layout = torch.channels_last if channels_last else torch.contiguous_format
     features = features.to(device, memory_format=layout).requires_grad_()
     boxes = boxes.to(device)
-    spec = RoIPoolSpec(2, 2, 0.5)
-    torch.library.opcheck(torch.ops.fastmask.roi_pool.default, (features, boxes, *spec))
-    output, argmax = torch.ops.fastmask.roi_pool(features, boxes, *spec)
+    levels = [features, features.detach()[:, :, ::2, :3].contiguous(memory_format=layout).requires_grad_()]
+    spec = RoIPoolSpec(2, 2, [0.5, 0.25], canonical_box_size=4.0)
+    torch.library.opcheck(torch.ops.fastmask.roi_pool.default, (levels, boxes, *spec))
+    output, argmax = torch.ops.fastmask.roi_pool(levels, boxes, *spec)
     grad = torch.randn_like(output).requires_grad_()
-    arguments = (grad, boxes, argmax, features.shape, channels_last, *spec)
+    arguments = (grad, boxes, argmax, [2, 4, 4, 2, 3], channels_last, *spec)
     torch.library.opcheck(torch.ops.fastmask.roi_pool_backward.default, arguments)
+    torch.library.opcheck(torch.ops.fastmask.roi_pool_gather.default, (levels, boxes, argmax, *spec))
 
 
 def test_compiles_as_one_graph(device):
