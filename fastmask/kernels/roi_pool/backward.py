@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from fastmask.kernels.roi_pool.op import RoIPoolSpec
 
 TILE_ROWS, TILE_COLUMNS = 2, 4
-CHANNELS_PER_PROGRAM = 128
+CHANNELS_PER_PROGRAM = {2: 256, 4: 256, 8: 128}  # by the bytes of an element
 BINS_IN_FLIGHT = 2
 
 
@@ -118,7 +118,7 @@ def launch_roi_pool_backward(
     regions, channels = count_regions(shape), grad.shape[1]
     if not regions or not channels:
         return grads
-    block = min(CHANNELS_PER_PROGRAM, next_power_of_2(channels))
+    block = min(CHANNELS_PER_PROGRAM[grad.element_size()], next_power_of_2(channels))
     tiles = REGION // TILE_ROWS * (REGION // TILE_COLUMNS)
     grad = grad.contiguous(memory_format=torch.channels_last)
     argmax = argmax.contiguous(memory_format=torch.channels_last)

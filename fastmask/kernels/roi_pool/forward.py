@@ -18,13 +18,13 @@ from fastmask.kernels._runtime import (
     tl,
     triton_dtype,
 )
-from fastmask.kernels.roi_pool.geometry import bin_edges, lowest_feature, window_of
+from fastmask.kernels.roi_pool.geometry import bin_edges, lowest_feature, position_dtype, window_of
 
 if TYPE_CHECKING:
     from fastmask.kernels.roi_pool.op import RoIPoolSpec
 
 CHANNELS_PER_PROGRAM = 256
-PIXELS_IN_FLIGHT = 4
+PIXELS_IN_FLIGHT = 2
 
 
 @jit(do_not_specialize=["num_images"])
@@ -41,6 +41,7 @@ def _roi_pool_kernel(
     PW: tl.constexpr,
     THRESHOLDS: tl.constexpr,
     COMPUTE: tl.constexpr,
+    POSITION: tl.constexpr,
     LOWEST: tl.constexpr,
     CHANNELS: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -55,11 +56,11 @@ def _roi_pool_kernel(
         if window.level == index:
             feature = features[index]
     feature += window.image.to(tl.int64) * window.height * window.width * C
-    y0, y1 = bin_edges(p, window.top, window.bin_height, window.height)
+    y0, y1 = bin_edges(p, window.top, window.bin_height, window.height, POSITION)
 
     bin = (k * PH + p) * PW * C
     for q in range(PW):
-        x0, x1 = bin_edges(q, window.left, window.bin_width, window.width)
+        x0, x1 = bin_edges(q, window.left, window.bin_width, window.width, POSITION)
         best = tl.full((CHANNELS,), LOWEST, COMPUTE)
         winner = tl.full((CHANNELS,), -1, tl.int32)
         columns = x1 - x0
@@ -86,6 +87,7 @@ def launch_roi_pool(features: Sequence[Tensor], boxes: Tensor, spec: RoIPoolSpec
     if not output.numel():
         return output, argmax
     channels = features[0].shape[1]
+    sizes = [(feature.shape[2], feature.shape[3]) for feature in features]
     block = min(CHANNELS_PER_PROGRAM, next_power_of_2(channels))
     # Channels innermost, and transposed once: a bin of an NCHW output is a sector of 32 bytes for each channel.
     pooled = output if is_channels_last(output) else torch.empty_like(output, memory_format=torch.channels_last)
@@ -95,7 +97,7 @@ def launch_roi_pool(features: Sequence[Tensor], boxes: Tensor, spec: RoIPoolSpec
             boxes.contiguous(),
             pooled,
             argmax,
-            tuple(pack_size(*feature.shape[2:]) for feature in features),
+            tuple(pack_size(*size) for size in sizes),
             features[0].shape[0],
             spec.scale_bits(),
             C=channels,
@@ -103,6 +105,7 @@ def launch_roi_pool(features: Sequence[Tensor], boxes: Tensor, spec: RoIPoolSpec
             PW=spec.pooled_width,
             THRESHOLDS=spec.thresholds(boxes.dtype),
             COMPUTE=triton_dtype(output.dtype),
+            POSITION=position_dtype(sizes, output.dtype),
             LOWEST=lowest_feature(output.dtype),
             CHANNELS=block,
             UNROLL=PIXELS_IN_FLIGHT,

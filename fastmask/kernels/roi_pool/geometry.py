@@ -10,12 +10,13 @@ chosen from its area in image pixels, before it is rounded; `spatial_scale` is t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastmask.kernels._runtime import divide, divide_by_constant, float_of, jit, tl
+from fastmask.kernels._runtime import divide, divide_by_constant, float_of, jit, tl, triton_dtype
 from fastmask.kernels.roi_align.geometry import level_of, size_of
 from fastmask.kernels.roi_align.levels import PyramidSpec, thresholds_of
 
@@ -66,18 +67,24 @@ def lowest_feature(dtype: torch.dtype) -> float:
     return max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)
 
 
+def position_dtype(levels: Sequence[tuple[int, int]], dtype: torch.dtype) -> Any:
+    """The kernels' type of pixel positions: float32 holds those of sides up to 2^24."""
+    return triton_dtype(dtype if max(max(level) for level in levels) <= 1 << 24 else torch.float64)
+
+
 @jit()
 def _round_half_away(x):
     magnitude = tl.abs(x)
     magnitude = tl.where(magnitude < 2.0**61, magnitude, 2.0**61)  # for NaN too: its conversion is undefined
     whole = tl.floor(magnitude)
     whole += (magnitude - whole >= 0.5).to(x.dtype)
-    return tl.where(x < 0, -whole, whole).to(tl.int64)
+    return tl.where(x < 0, -whole, whole)
 
 
 @jit()
 def _bin_size(start, end, pooled, BINS: tl.constexpr, COMPUTE: tl.constexpr):
-    size = tl.where(pooled, tl.maximum(end - start + 1, 1), 0).to(COMPUTE)
+    pixels = end.to(tl.int64) - start.to(tl.int64) + 1
+    size = tl.where(pooled, tl.maximum(pixels, 1), 0).to(COMPUTE)
     return divide_by_constant(size, BINS) if BINS <= 1 << 22 else divide(size, BINS * 1.0)
 
 
@@ -88,7 +95,7 @@ class Window(NamedTuple):
     level: Any
     height: Any  # pixels of the level
     width: Any
-    top: Any  # first row, int64
+    top: Any  # first row, a whole number
     left: Any
     bin_height: Any
     bin_width: Any
@@ -119,9 +126,13 @@ def window_of(
 
 
 @jit()
-def bin_edges(bin, start, bin_size, limit):
-    """First pixel of the bin and the one after its last, clipped to `limit` pixels."""
-    first = tl.floor(bin * bin_size).to(tl.int64) + start
-    end = tl.ceil((bin + 1) * bin_size).to(tl.int64) + start
-    first = tl.minimum(tl.maximum(first, 0), limit)
-    return first.to(tl.int32), tl.minimum(tl.maximum(end, 0), limit).to(tl.int32)
+def bin_edges(bin, start, bin_size, limit, POSITION: tl.constexpr):
+    """First pixel of the bin and the one after its last, clipped to `limit` pixels.
+
+    Sums of whole numbers of type POSITION are exact where they are in [0, limit], and others are clipped.
+    """
+    start, last = start.to(POSITION), limit.to(POSITION)
+    first = tl.floor(bin * bin_size).to(POSITION) + start
+    end = tl.ceil((bin + 1) * bin_size).to(POSITION) + start
+    first, end = tl.minimum(tl.maximum(first, 0.0), last), tl.minimum(tl.maximum(end, 0.0), last)
+    return first.to(tl.int32), end.to(tl.int32)

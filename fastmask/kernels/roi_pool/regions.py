@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastmask.kernels._runtime import ceil_div, jit, on_device_of, tl, triton_dtype
 from fastmask.kernels.roi_align.geometry import size_of
-from fastmask.kernels.roi_pool.geometry import bin_edges, window_of
+from fastmask.kernels.roi_pool.geometry import bin_edges, position_dtype, window_of
 
 if TYPE_CHECKING:
     from fastmask.kernels.roi_align.op import PyramidShape
@@ -31,9 +31,9 @@ MAX_LIST_ENTRIES = 1 << 25
 @jit()
 def _near(start, bin_size):
     """A first pixel as int32, and bins per pixel: 0 and 0 where the pixel is too far away."""
-    near = (start > -(2**30)) & (start < 2**30)
+    near = tl.abs(start) < 2.0**30
     per_pixel = tl.where(near & (bin_size > 0), 1 / bin_size.to(tl.float32), 0.0)
-    return tl.where(near, start, 0).to(tl.int32), per_pixel.to(tl.int32, bitcast=True)
+    return tl.where(near, start, 0.0).to(tl.int32), per_pixel.to(tl.int32, bitcast=True)
 
 
 @jit(do_not_specialize=["num_boxes", "num_images"])
@@ -48,15 +48,16 @@ def _round_boxes_kernel(
     PW: tl.constexpr,
     THRESHOLDS: tl.constexpr,
     COMPUTE: tl.constexpr,
+    POSITION: tl.constexpr,
     BOXES: tl.constexpr,
 ):
     k = tl.program_id(0) * BOXES + tl.arange(0, BOXES)
     box = boxes + tl.minimum(k, num_boxes - 1).to(tl.int64) * 5
     window = window_of(box, num_images, sizes, scales, PH, PW, THRESHOLDS, COMPUTE)
-    y_first, _ = bin_edges(0, window.top, window.bin_height, window.height)
-    _, y_end = bin_edges(PH - 1, window.top, window.bin_height, window.height)
-    x_first, _ = bin_edges(0, window.left, window.bin_width, window.width)
-    _, x_end = bin_edges(PW - 1, window.left, window.bin_width, window.width)
+    y_first, _ = bin_edges(0, window.top, window.bin_height, window.height, POSITION)
+    _, y_end = bin_edges(PH - 1, window.top, window.bin_height, window.height, POSITION)
+    x_first, _ = bin_edges(0, window.left, window.bin_width, window.width, POSITION)
+    _, x_end = bin_edges(PW - 1, window.left, window.bin_width, window.width, POSITION)
     touches = (window.image >= 0) & (y_first < y_end) & (x_first < x_end)
     group = tl.where(touches, window.image * len(sizes) + window.level, -1)
     top, bins_per_row = _near(window.top, window.bin_height)
@@ -152,6 +153,7 @@ def round_boxes(boxes: Tensor, shape: PyramidShape, spec: RoIPoolSpec) -> Tensor
                 PW=spec.pooled_width,
                 THRESHOLDS=spec.thresholds(boxes.dtype),
                 COMPUTE=triton_dtype(boxes.dtype),
+                POSITION=position_dtype(shape.levels, boxes.dtype),
                 BOXES=BOXES_PER_PROGRAM,
                 num_warps=1,
                 enable_fp_fusion=False,
