@@ -45,7 +45,7 @@ def _list_boxes_by_level_kernel(
 
 
 def list_boxes_by_level(
-    boxes: Tensor, num_images: int, num_levels: int, thresholds: tuple[int, ...]
+    boxes: Tensor, num_images: int, num_levels: int, thresholds: tuple[int, ...] | None
 ) -> tuple[Tensor, Tensor]:
     """The rows of `boxes` that are pooled from each image and level, in ascending order.
 

@@ -24,6 +24,8 @@ from torch import Tensor
 from fastmask.kernels._runtime import float64_bits
 
 ROUNDINGS = ("torchvision", "detectron2")
+# Not for users: column 0 of boxes `[K, 5]` is image * L + level, and the boxes are in pixels of their level.
+EXPLICIT = "explicit"
 
 
 class LevelRule(NamedTuple):
@@ -63,8 +65,10 @@ def rule_of(spec: PyramidSpec) -> LevelRule:
     return LevelRule(spec.canonical_box_size, spec.canonical_level, spec.level_rounding)
 
 
-def thresholds_of(spec: PyramidSpec, dtype: torch.dtype) -> tuple[int, ...]:
-    """The smallest area of each level after the first, in `dtype`, as float64 bits."""
+def thresholds_of(spec: PyramidSpec, dtype: torch.dtype) -> tuple[int, ...] | None:
+    """The smallest area of each level after the first, in `dtype`, as float64 bits; None if boxes name their level."""
+    if spec.level_rounding == EXPLICIT:
+        return None
     return area_thresholds(*level_range(spec.spatial_scales), rule_of(spec), dtype)
 
 

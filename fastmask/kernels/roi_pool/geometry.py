@@ -31,7 +31,7 @@ def levels_of_boxes(boxes: Tensor, spec: PyramidSpec) -> Tensor:
         return level
     side = boxes[:, 3:] - boxes[:, 1:3]
     area = side[:, 0] * side[:, 1]
-    bits = torch.tensor(thresholds_of(spec, boxes.dtype), dtype=torch.int64, device="cpu")
+    bits = torch.tensor(thresholds_of(spec, boxes.dtype) or (), dtype=torch.int64, device="cpu")
     for threshold in bits.view(torch.float64).tolist():  # numbers of the dtype of areas
         level += area >= threshold
     has_level = side.isfinite().all(1) & (area >= 0) & (level < len(spec.spatial_scales))
