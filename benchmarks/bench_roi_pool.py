@@ -1,4 +1,4 @@
-"""RoIPool over the feature map of a C4 (He et al. 2017, §4.2, table 2c): 512 RoIs of 7 x 7.
+"""RoIPool over the feature map of a C4 (He et al. 2017, §4.2, table 2c), 512 RoIs of 7 x 7, and over P2 to P5.
 
 Bytes: the pixels of the features that some RoI covers, read (forward), or the gradient of the features, written whole
 (backward); the boxes; the outputs, and the position of each maximum (32 bits). FLOPs: a comparison for each pixel of
@@ -205,11 +205,16 @@ OPERATOR = Operator(
         for dtype in ("bfloat16", "float32")
     },
     limits={
-        "_roi_pool_backward_kernel": {"cuda": Limit(80, wide_stores=True), "hip": Limit(56, wide_stores=True)},
-        "_roi_pool_kernel": {
-            "cuda": Limit(112, wide_loads=True, wide_stores=True),
-            "hip": Limit(56, wide_loads=True, wide_stores=True),
+        "_list_boxes_by_region_kernel": {"cuda": Limit(56), "hip": Limit(24)},
+        "_roi_pool_backward_kernel": {
+            "cuda": Limit(128, wide_loads=True, wide_stores=True),
+            "hip": Limit(48, wide_stores=True),
         },
+        "_roi_pool_kernel": {
+            "cuda": Limit(64, wide_loads=True, wide_stores=True),
+            "hip": Limit(40, wide_stores=True),
+        },
+        "_round_boxes_kernel": {"cuda": Limit(32), "hip": Limit(32)},
     },
     check_random=_check_random,
     check_large=partial(check_large_map, fastmask.roi_pool),

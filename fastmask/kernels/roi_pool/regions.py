@@ -104,7 +104,7 @@ def region_of(region, sizes, num_images, REGION: tl.constexpr):
 
 
 @jit(do_not_specialize=["num_boxes", "num_images", "first_region"])
-def _list_boxes_kernel(
+def _list_boxes_by_region_kernel(
     windows,  # [K, 9] int32
     listed,  # [regions, K] int32
     counts,  # [regions] int32
@@ -161,12 +161,14 @@ def round_boxes(boxes: Tensor, shape: PyramidShape, spec: RoIPoolSpec) -> Tensor
     return windows
 
 
-def list_boxes(windows: Tensor, shape: PyramidShape, first_region: int, num_regions: int) -> tuple[Tensor, Tensor]:
+def list_boxes_by_region(
+    windows: Tensor, shape: PyramidShape, first_region: int, num_regions: int
+) -> tuple[Tensor, Tensor]:
     """The boxes that reach each of `num_regions` regions, ascending: `listed [regions, K]` and `counts [regions]`."""
     listed = torch.empty(num_regions, len(windows), dtype=torch.int32, device=windows.device)
     counts = torch.empty(num_regions, dtype=torch.int32, device=windows.device)
     with on_device_of(windows):
-        _list_boxes_kernel[(num_regions,)](
+        _list_boxes_by_region_kernel[(num_regions,)](
             windows,
             listed,
             counts,
