@@ -201,13 +201,13 @@ def level_of(box, num_images, THRESHOLDS: tl.constexpr, LEVELS: tl.constexpr):
     """Image and level of the boxes at `box`, and whether they are pooled; THRESHOLDS as `thresholds_of` gives them."""
     image = tl.load(box)
     x1, y1, x2, y2 = tl.load(box + 1), tl.load(box + 2), tl.load(box + 3), tl.load(box + 4)
-    if LEVELS > 1 and THRESHOLDS is None:
-        pooled = (image >= 0) & (image < num_images * LEVELS) & finite_box(x1, y1, x2, y2)
-        place = tl.where(pooled, image, 0).to(tl.int64)
-        return place // LEVELS, (place % LEVELS).to(tl.int32), pooled
-    pooled = (image >= 0) & (image < num_images) & finite_box(x1, y1, x2, y2)
     level = (image * 0).to(tl.int32)
-    if LEVELS > 1:
+    if LEVELS > 1 and THRESHOLDS is None:
+        named = (image >= 0) & (image < num_images * LEVELS)
+        place = tl.where(named, image, 0).to(tl.int32)
+        image, level = tl.where(named, place // LEVELS, -1), place % LEVELS
+    pooled = (image >= 0) & (image < num_images) & finite_box(x1, y1, x2, y2)
+    if LEVELS > 1 and THRESHOLDS is not None:
         area = (x2 - x1) * (y2 - y1)
         for boundary in tl.static_range(len(THRESHOLDS)):
             threshold = float_of(tl.full([], THRESHOLDS[boundary], tl.int64), area.dtype)
