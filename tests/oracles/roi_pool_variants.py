@@ -46,6 +46,13 @@ def _check_crowd(device):
     assert_like_torchvision(device, features.contiguous(memory_format=torch.channels_last), boxes, (1, 1))
 
 
+def _check_regions(device):
+    """Boxes that reach a region of 16 x 16 pixels by one row or column, from either side."""
+    features, _ = draw_features_and_boxes(1, 4, 19, 21, boxes=0, seed=3)
+    boxes = torch.tensor([[0.0, 9, 8, 12, 16], [0, 8, 9, 16, 12], [0, 15, 3, 20, 4], [0, 3, 15, 4, 18]])
+    assert_like_torchvision(device, features.contiguous(memory_format=torch.channels_last), boxes, (2, 2))
+
+
 def _check_groups_of_regions(device):
     """Lists of boxes that are made for a few regions at a time."""
     with mock.patch.object(backward, "MAX_LIST_ENTRIES", 8):
@@ -65,5 +72,6 @@ VARIANTS: dict[str, Callable[[str], None]] = {
     "pyramid, float64": partial(_check_pyramid, dtype=torch.float64),
     "equal features": _check_ties,
     "boxes on one spot": _check_crowd,
+    "several regions": _check_regions,
     "groups of regions": _check_groups_of_regions,
 }
