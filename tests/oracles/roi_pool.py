@@ -23,15 +23,19 @@ def draw_features_and_boxes(images, channels, height, width, *, boxes, seed, dty
 
 
 def draw_pyramid_and_boxes(sizes, *, images=2, channels=5, boxes, seed, dtype=torch.float32):
-    """Levels of scales 1/2, 1/4, ... and boxes in image pixels, some of them empty, inverted or outside."""
-    drawn = [
-        draw_features_and_boxes(images, channels, *size, boxes=boxes, seed=seed + level, dtype=dtype)
-        for level, size in enumerate(sizes)
-    ]
-    features, (_, rois) = [feature for feature, _ in drawn], drawn[0]
-    spread = torch.logspace(-1, 1, boxes, 2.0)[:, None]  # sizes of several levels
-    rois[:, 1:] *= 2 * torch.cat([spread, spread], 1).repeat(1, 2)
-    return features, rois
+    """Levels of scales 1/2, 1/4, ... and boxes in image pixels, from small ones to the size of the image.
+
+    One box is inverted along x, and some lie partly outside.
+    """
+    g = torch.Generator().manual_seed(seed)
+    features = [torch.randn(images, channels, *size, generator=g, dtype=torch.float64).to(dtype) for size in sizes]
+    image = torch.randint(images, (boxes, 1), generator=g)
+    side = 2 * torch.tensor([sizes[0][1], sizes[0][0]])
+    size = side * torch.logspace(-1.2, 0, boxes)[:, None] * (0.7 + 0.6 * torch.rand(boxes, 2, generator=g))
+    corner = torch.rand(boxes, 2, generator=g) * (side - 0.7 * size) - 0.15 * size
+    size[: boxes // 4, 0] *= -1
+    rois = torch.cat([image, corner, corner + size], 1)
+    return features, rois.double() if dtype == torch.float64 else rois
 
 
 def forward_backward(pool, features, boxes, grad, *arguments):
