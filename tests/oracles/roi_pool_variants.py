@@ -25,12 +25,12 @@ def _check_map(device, *, dtype=torch.float32, layout=torch.channels_last, chann
 
 
 def _check_pyramid(device, *, dtype=torch.float32, layout=torch.channels_last, channels=5, levels=2, boxes=6):
-    """Levels of scales 1/2, 1/4, ...; boxes of 8 and 16 pixels begin the second and third level."""
+    """Levels of scales 1/2, 1/4, ...; boxes of 5 and 10 pixels begin the second and third level."""
     sizes = [(9, 7), (5, 4), (3, 2)][:levels]
     scales = [2.0 ** -(level + 1) for level in range(levels)]
     features, rois = draw_pyramid_and_boxes(sizes, channels=channels, boxes=boxes, seed=levels, dtype=dtype)
     features = [feature.to(memory_format=layout) for feature in features]
-    assert_pyramid_like_torchvision(device, features, rois, (2, 2), scales, canonical_box_size=32)
+    assert_pyramid_like_torchvision(device, features, rois, (2, 2), scales, canonical_box_size=20)
 
 
 def _check_ties(device):

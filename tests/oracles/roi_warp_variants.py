@@ -32,9 +32,9 @@ def check_pyramid(device, *, dtype=torch.float32, layout=torch.channels_last, le
     features = draw_pyramid(SIZES[:levels], dtype, channels=channels, layout=layout)
     wide = [feature.double().requires_grad_() for feature in features]
     leaves = [feature.to(device).requires_grad_() for feature in features]
-    expected = warp_by_level(wide, boxes.double(), (2, 2), scales, ratio, 32)
+    expected = warp_by_level(wide, boxes.double(), (2, 2), scales, ratio, 20)
     grad = torch.randn(expected.shape, dtype=torch.float64).to(dtype)
-    output = multiscale_roi_warp(leaves, boxes.to(device), (2, 2), scales, ratio, canonical_box_size=32)
+    output = multiscale_roi_warp(leaves, boxes.to(device), (2, 2), scales, ratio, canonical_box_size=20)
     budget = 8 * BUDGET[dtype]
     torch.testing.assert_close(output.detach().double().cpu(), expected.detach(), rtol=budget, atol=budget)
     grads = torch.autograd.grad(output, leaves, grad.to(device))
