@@ -89,15 +89,13 @@ def _roi_pool_backward_kernel(
             columns = q_end - q
             count = (p_end - p) * columns
             bin, end_of_row = p * PW + q, p * PW + q_end - 1
-            grad_bins, winners = (
-                grad + k * (PH * PW * C) + channel[None, :],
-                argmax + k * (PH * PW * C) + channel[None, :],
-            )
+            grad_roi = grad + k * (PH * PW * C) + channel[None, :]
+            argmax_roi = argmax + k * (PH * PW * C) + channel[None, :]
             for first in range(0, count, UNROLL):
                 for i in tl.static_range(UNROLL):  # several loads in flight
                     valid = first + i < count if C % CHANNELS == 0 else (first + i < count) & (channel < C)[None, :]
-                    value = tl.load(grad_bins + bin * C, mask=valid, other=0.0).to(COMPUTE)
-                    winner = tl.load(winners + bin * C, mask=valid, other=-1)
+                    value = tl.load(grad_roi + bin * C, mask=valid, other=0.0).to(COMPUTE)
+                    winner = tl.load(argmax_roi + bin * C, mask=valid, other=-1)
                     # A sum is never -0, so that adding nothing is adding 0.
                     sums = tl.where(winner == pixel[:, None], sums + value, sums)
                     last = bin == end_of_row
