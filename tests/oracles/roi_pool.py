@@ -1,13 +1,16 @@
 """Inputs of RoIPool for tests, comparisons with torchvision and integer arithmetic, and RoIWarp's rounded boxes."""
 
 import math
+from typing import Any
 
 import torch
-from torchvision.ops import roi_pool as torchvision_roi_pool
+import torchvision
 from torchvision.ops.poolers import LevelMapper
 
 from fastmask import multiscale_roi_pool, roi_pool
 from fastmask.kernels._runtime import INTERPRETED
+
+torchvision_roi_pool: Any = torchvision.ops.roi_pool  # torch.fx.wrap hides its type
 
 
 def draw_features_and_boxes(images, channels, height, width, *, boxes, seed, dtype=torch.float32):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torchvision
@@ -13,6 +14,8 @@ from tests.oracles.budget import BUDGET
 from tests.oracles.roi_align import draw_pyramid
 from tests.oracles.roi_pool import draw_pyramid_and_boxes, pool_by_level, warped_boxes
 
+torchvision_ops: Any = torchvision.ops  # torch.fx.wrap hides the types of its functions
+
 SIZES = [(9, 7), (5, 4), (3, 2)]
 
 
@@ -20,7 +23,7 @@ def warp_by_level(features, boxes, size, scales, ratio, canonical_box_size):
     """torchvision's RoIAlign of boxes that are rounded on their level."""
 
     def pool(feature, rois, scale):
-        return torchvision.ops.roi_align(feature, warped_boxes(rois, scale), size, 1.0, ratio)
+        return torchvision_ops.roi_align(feature, warped_boxes(rois, scale), size, 1.0, ratio)
 
     return pool_by_level(pool, features, boxes, scales, canonical_box_size)
 

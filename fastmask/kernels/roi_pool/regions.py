@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from fastmask.kernels.roi_align.op import PyramidShape
     from fastmask.kernels.roi_pool.op import RoIPoolSpec
 
-# A box of 2 x 512 on P2 to P5 is in 4 lists, and a tile skips three entries for each two that reach it. Not yet measured
-# on a GPU.
+# A box of 2 x 512 on P2 to P5 is in 4 lists, and a tile skips three entries for each two that reach it. Not yet
+# measured on a GPU.
 REGION = 16
 BOXES_PER_PROGRAM = 32
 BOXES_PER_STEP = 128
