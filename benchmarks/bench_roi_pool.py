@@ -1,4 +1,4 @@
-"""RoIPool over the feature map of a C4 (He et al. 2017, §4.2, table 2c): 512 RoIs of 7 x 7.
+"""RoIPool over the feature map of a C4 (He et al. 2017, §4.2, table 2c), 512 RoIs of 7 x 7, and over P2 to P5.
 
 Bytes: the pixels of the features that some RoI covers, read (forward), or the gradient of the features, written whole
 (backward); the boxes; the outputs, and the position of each maximum (32 bits). FLOPs: a comparison for each pixel of
@@ -23,18 +23,27 @@ from benchmarks.harness.operators import Call, Draw, Limit, Operator, meta
 from benchmarks.harness.pooling import (
     DIRECTIONS,
     Direction,
+    Inputs,
     Pool,
     c4_inputs,
     compare_passes,
     torchvision_ops,
     torchvision_provider,
 )
-from benchmarks.harness.workloads import ADVERSARIAL, C4, DTYPES, LAYOUTS, objects
+from benchmarks.harness.workloads import ADVERSARIAL, C4, CHANNELS, DTYPES, LAYOUTS, STRIDES, objects, pyramid
 from benchmarks.reporting.results import FASTMASK
 from tests.oracles.roi_align import check_large_map
-from tests.oracles.roi_pool import assert_like_torchvision, draw_features_and_boxes
+from tests.oracles.roi_pool import (
+    assert_like_torchvision,
+    assert_pyramid_like_torchvision,
+    draw_features_and_boxes,
+    draw_pyramid_and_boxes,
+    pool_by_level,
+)
+from tests.oracles.roi_pool_variants import VARIANTS
 
 BINS, ROIS, SCALE = 7, 512, 1 / C4.stride
+SCALES = [1 / stride for stride in STRIDES]
 
 
 def compare_on_map(
@@ -101,13 +110,52 @@ def bench_rois(comparison, rois, direction):
     compare_on_map(comparison, f"{rois:,} RoIs 7x7", direction, objects(rois), **options)
 
 
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def bench_pyramid(comparison, direction):
+    """P2 to P5 (table 6). torchvision has no RoIPool of a pyramid: a loop over levels, as its MultiScaleRoIAlign's."""
+    dtype, rois = comparison.main_dtype, 1000
+    features = pyramid(comparison.device, DTYPES[dtype], LAYOUTS["channels_last"])
+    inputs = Inputs(features, [objects(rois).to(comparison.device)], STRIDES)
+    boxes = torch.nn.functional.pad(inputs.boxes[0], (1, 0))
+
+    def pool(feature: Tensor, boxes: Tensor, scale: float) -> Tensor:
+        return torchvision_ops.roi_pool(feature.float(), boxes, BINS, scale).to(feature.dtype)
+
+    pools: dict[str, Pool] = {
+        FASTMASK: lambda: fastmask.multiscale_roi_pool(features, boxes, BINS, SCALES),
+        torchvision_provider(dtype): lambda: pool_by_level(pool, features, boxes, SCALES),
+    }
+    outputs = rois * CHANNELS * BINS**2
+    side = (boxes[:, 3:] - boxes[:, 1:3]) * _scales_of(boxes) + 1
+    compare_passes(
+        comparison,
+        f"{rois} RoIs 7x7 from P2 to P5, {dtype}, channels_last",
+        direction,
+        pools,
+        inputs,
+        bytes=inputs.bytes(direction, outputs=outputs * (features[0].itemsize + 4)),
+        flops=int(side.prod(1).sum()) * CHANNELS if direction == "forward" else outputs,
+    )
+
+
+def _scales_of(boxes: Tensor) -> Tensor:
+    """The scale `[K, 1]` of each box's level (Lin et al. 2017, eq. 1)."""
+    level = 4 + torch.log2((boxes[:, 3:] - boxes[:, 1:3]).prod(1, keepdim=True).sqrt() / 224)
+    return 2.0 ** -level.floor().clamp(2, 5)
+
+
 def _calls(device: str, seed: int) -> list[Call]:
     features, boxes = draw_features_and_boxes(2, 5, 6, 7, boxes=3, seed=seed)
     features, boxes = features.to(device), boxes.to(device)
     last = features.to(memory_format=torch.channels_last, copy=True).requires_grad_()
+    levels, rois = draw_pyramid_and_boxes([(6, 7), (3, 4)], boxes=3, seed=seed)
+    levels = [level.to(device, memory_format=torch.channels_last).requires_grad_() for level in levels]
+    scales = [1 / 2, 1 / 4]
+    on_pyramid = {"boxes": rois.to(device), "output_size": 2, "spatial_scales": scales, "canonical_box_size": 32}
     return [
         Call(fastmask.roi_pool, {"input": last, "boxes": boxes, "output_size": 2}),
         Call(fastmask.roi_pool, {"input": features, "boxes": [boxes[:, 1:]], "output_size": 2, "spatial_scale": 0.5}),
+        Call(fastmask.multiscale_roi_pool, {"features": levels, **on_pyramid}),
     ]
 
 
@@ -118,8 +166,26 @@ def _compile_case(dtype: str) -> Call:
     return Call(fastmask.roi_pool, arguments)
 
 
+def _compile_pyramid(dtype: str) -> Call:
+    """Box pooling from P2 to P5 of two 800 x 1344 images, for training."""
+    features = [
+        meta(2, CHANNELS, 800 // stride, 1344 // stride, dtype=DTYPES[dtype], channels_last=True).requires_grad_()
+        for stride in STRIDES
+    ]
+    arguments = {"features": features, "boxes": meta(1024, 5), "output_size": 7, "spatial_scales": SCALES}
+    return Call(fastmask.multiscale_roi_pool, arguments)
+
+
 def _check_random(draw: Draw, device: str) -> None:
-    """A random call and its gradient equal torchvision's, bit for bit."""
+    """A random call and its gradient equal torchvision's, bit for bit, on one map or on a pyramid."""
+    if draw.integer(0, 3) == 0:
+        sizes = [(draw.integer(1, 9), draw.integer(1, 9)) for _ in range(draw.integer(2, 3))]
+        levels, rois = draw_pyramid_and_boxes(
+            sizes, channels=3, boxes=draw.integer(0, 4), seed=draw.integer(0, 1 << 30)
+        )
+        scales = [2.0 ** -(level + 1) for level in range(len(sizes))]
+        assert_pyramid_like_torchvision(device, levels, rois, (2, 2), scales, canonical_box_size=32)
+        return
     shape = [draw.integer(1, most) for most in (2, 5, 9, 9)]
     count, size = draw.integer(0, 4), (draw.integer(1, 4), draw.integer(1, 4))
     scale, seed = draw.number(0.05, 4), draw.integer(0, 1 << 30)
@@ -132,17 +198,28 @@ def _check_random(draw: Draw, device: str) -> None:
 OPERATOR = Operator(
     calls=_calls,
     compile_cases={
-        f"512 RoIs 7x7, 1024 channels, {dtype}": partial(_compile_case, dtype) for dtype in ("bfloat16", "float32")
+        f"{name}, {dtype}": partial(case, dtype)
+        for name, case in (
+            ("512 RoIs 7x7, 1024 channels", _compile_case),
+            ("1024 RoIs 7x7, P2 to P5", _compile_pyramid),
+        )
+        for dtype in ("bfloat16", "float32")
     },
     limits={
-        "_roi_pool_backward_kernel": {"cuda": Limit(80, wide_stores=True), "hip": Limit(56, wide_stores=True)},
-        "_roi_pool_kernel": {
-            "cuda": Limit(112, wide_loads=True, wide_stores=True),
-            "hip": Limit(56, wide_loads=True, wide_stores=True),
+        "_list_boxes_by_region_kernel": {"cuda": Limit(56), "hip": Limit(24)},
+        "_roi_pool_backward_kernel": {
+            "cuda": Limit(128, wide_loads=True, wide_stores=True),
+            "hip": Limit(48, wide_stores=True),
         },
+        "_roi_pool_kernel": {
+            "cuda": Limit(64, wide_loads=True, wide_stores=True),
+            "hip": Limit(40, wide_stores=True),
+        },
+        "_round_boxes_kernel": {"cuda": Limit(32), "hip": Limit(32)},
     },
     check_random=_check_random,
     check_large=partial(check_large_map, fastmask.roi_pool),
+    variants=VARIANTS,
     models=model_roi_pool.MODELS,
     targets=model_roi_pool.TARGETS,
 )

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from fastmask.kernels._rois import image_indices
 from fastmask.kernels._runtime import divide, divide_by_constant, divide_by_reciprocal, float_of, jit, tl
-from fastmask.kernels.roi_align.levels import assign_fpn_levels
+from fastmask.kernels.roi_align.levels import EXPLICIT, assign_fpn_levels
 
 if TYPE_CHECKING:
     from fastmask.kernels.roi_align.op import RoIAlignSpec
@@ -80,9 +80,14 @@ class AxisSamples(NamedTuple):
 
 def select_boxes(boxes: Tensor, num_images: int, spec: RoIAlignSpec) -> list[Tensor]:
     """The rows of `boxes [K, 5]` that are pooled from each level."""
-    image_indices(boxes, num_images)  # raises if one is not in the batch
+    levels = len(spec.spatial_scales)
     side = boxes[:, 3:] - boxes[:, 1:3]
-    level = assign_fpn_levels(boxes[:, 1:], spec.spatial_scales, spec.rule).where(side.isfinite().all(1), -1)
+    if spec.level_rounding == EXPLICIT:
+        level = image_indices(boxes, num_images * levels) % levels
+    else:
+        image_indices(boxes, num_images)  # raises if one is not in the batch
+        level = assign_fpn_levels(boxes[:, 1:], spec.spatial_scales, spec.rule)
+    level = level.where(side.isfinite().all(1), -1)
     finite = [(boxes[:, 3:] * scale - boxes[:, 1:3] * scale).isfinite().all(1) for scale in spec.spatial_scales]
     return [((level == index) & is_finite).nonzero()[:, 0] for index, is_finite in enumerate(finite)]
 
@@ -157,7 +162,8 @@ def sample_boxes(boxes: Tensor, level: Level) -> Samples:
     rows = interpolate_along(positions_along(y1, y2, spec.pooled_height, height, spec), height, spec)
     columns = interpolate_along(positions_along(x1, x2, spec.pooled_width, width, spec), width, spec)
     row, column, bin, first = pair_samples(rows, columns, len(boxes), spec)
-    image = boxes[:, :1].long().expand(-1, spec.pooled_height).flatten().repeat_interleave(rows.visited)
+    per_image = len(spec.spatial_scales) if spec.level_rounding == EXPLICIT else 1
+    image = (boxes[:, :1].long() // per_image).expand(-1, spec.pooled_height).flatten().repeat_interleave(rows.visited)
     narrow = torch.int32 if max(num_images * height * width, 4 * len(row)) < 2**31 else torch.int64
     in_table = ((image[:, None] * height + rows.neighbours) * width).to(narrow)
     pixel = in_table[row][:, :, None] + columns.neighbours.to(narrow)[column][:, None, :]
@@ -216,12 +222,16 @@ def finite_box(x1, y1, x2, y2):
 
 @jit()
 def level_of(box, num_images, THRESHOLDS: tl.constexpr, LEVELS: tl.constexpr):
-    """Image and level of the boxes at `box`, and whether they are pooled; THRESHOLDS are float64 bits."""
+    """Image and level of the boxes at `box`, and whether they are pooled; THRESHOLDS as `thresholds_of` gives them."""
     image = tl.load(box)
     x1, y1, x2, y2 = tl.load(box + 1), tl.load(box + 2), tl.load(box + 3), tl.load(box + 4)
-    pooled = (image >= 0) & (image < num_images) & finite_box(x1, y1, x2, y2)
     level = (image * 0).to(tl.int32)
-    if LEVELS > 1:
+    if LEVELS > 1 and THRESHOLDS is None:
+        named = (image >= 0) & (image < num_images * LEVELS)
+        place = tl.where(named, image, 0).to(tl.int32)
+        image, level = tl.where(named, place // LEVELS, -1), place % LEVELS
+    pooled = (image >= 0) & (image < num_images) & finite_box(x1, y1, x2, y2)
+    if LEVELS > 1 and THRESHOLDS is not None:
         area = (x2 - x1) * (y2 - y1)
         for boundary in tl.static_range(len(THRESHOLDS)):
             threshold = float_of(tl.full([], THRESHOLDS[boundary], tl.int64), area.dtype)

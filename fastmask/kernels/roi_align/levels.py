@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ from torch import Tensor
 from fastmask.kernels._runtime import float64_bits
 
 ROUNDINGS = ("torchvision", "detectron2")
+# Not for users: column 0 of boxes `[K, 5]` is image * L + level, and the boxes are in pixels of their level.
+EXPLICIT = "explicit"
 
 
 class LevelRule(NamedTuple):
@@ -40,6 +42,39 @@ class LevelRule(NamedTuple):
             return (self.canonical_level + (ratio + 1e-8).log2()).floor()
         epsilon = torch.tensor(1e-6, dtype=areas.dtype, device=areas.device)
         return (self.canonical_level + ratio.log2() + epsilon).floor()
+
+
+class PyramidSpec(Protocol):
+    """The settings of an operator that map boxes to levels, each box to one."""
+
+    @property
+    def spatial_scales(self) -> list[float]: ...
+
+    @property
+    def canonical_box_size(self) -> float: ...
+
+    @property
+    def canonical_level(self) -> int: ...
+
+    @property
+    def level_rounding(self) -> str: ...
+
+
+def rule_of(spec: PyramidSpec) -> LevelRule:
+    """The settings that choose a box's level."""
+    return LevelRule(spec.canonical_box_size, spec.canonical_level, spec.level_rounding)
+
+
+def thresholds_of(spec: PyramidSpec, dtype: torch.dtype) -> tuple[int, ...] | None:
+    """The smallest area of each level after the first, in `dtype`, as float64 bits; None if boxes name their level."""
+    if spec.level_rounding == EXPLICIT:
+        return None
+    return area_thresholds(*level_range(spec.spatial_scales), rule_of(spec), dtype)
+
+
+def scale_bits_of(spec: PyramidSpec) -> tuple[int, ...]:
+    """`spatial_scales` as float64 bits."""
+    return tuple(float64_bits(scale) for scale in spec.spatial_scales)
 
 
 def level_range(spatial_scales: list[float]) -> tuple[int, int]:

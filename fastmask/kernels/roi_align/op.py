@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastmask.kernels._runtime import Size, empty, float64_bits, is_channels_last, pack_size, register
+from fastmask.kernels._runtime import Size, empty, is_channels_last, pack_size, register
 from fastmask.kernels.roi_align.backward import launch_roi_align_backward
 from fastmask.kernels.roi_align.box_gradient import launch_roi_align_box_backward
 from fastmask.kernels.roi_align.box_gradient_reference import roi_align_box_backward_reference
 from fastmask.kernels.roi_align.forward import launch_roi_align
-from fastmask.kernels.roi_align.levels import LevelRule, area_thresholds, level_range
+from fastmask.kernels.roi_align.levels import rule_of, scale_bits_of, thresholds_of
 from fastmask.kernels.roi_align.reference import roi_align_backward_reference, roi_align_reference
 
 
@@ -30,18 +30,9 @@ class RoIAlignSpec(NamedTuple):
     canonical_level: int = 4
     level_rounding: str = "torchvision"
 
-    @property
-    def rule(self) -> LevelRule:
-        """The settings that choose a box's level."""
-        return LevelRule(self.canonical_box_size, self.canonical_level, self.level_rounding)
-
-    def thresholds(self, dtype: torch.dtype) -> tuple[int, ...]:
-        """The smallest area of each level after the first, in `dtype`, as float64 bits."""
-        return area_thresholds(*level_range(self.spatial_scales), self.rule, dtype)
-
-    def scale_bits(self) -> tuple[int, ...]:
-        """`spatial_scales` as float64 bits."""
-        return tuple(float64_bits(scale) for scale in self.spatial_scales)
+    rule = property(rule_of)
+    thresholds = thresholds_of
+    scale_bits = scale_bits_of
 
     def empty_outputs(self, features: Sequence[Tensor], boxes: Tensor) -> tuple[Tensor, Tensor]:
         """Memory for the output, in the format of the first level, and for the maximum's argmax."""

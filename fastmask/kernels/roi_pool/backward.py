@@ -1,158 +1,161 @@
 """Gradient of RoIPool: to the pixel that won each bin.
 
-    grad_input[n, c, y, x] = sum over RoIs k of image n and bins (p, q) with argmax[k, c, p, q] = y * W + x
-                             of grad[k, c, p, q]
+    grad_features[l][n, c, y, x] = sum over RoIs k of level l and image n, and bins (p, q) with
+                                   argmax[k, c, p, q] = y * W_l + x, of grad[k, c, p, q]
 
-Each program owns a tile of pixels, finds the RoIs that touch it and adds their gradients in the order of RoIs,
-then bins: the order of torchvision's loop on the CPU, to the bit. That needs no atomics, no sort and no list
-in memory, and each gradient is written once, zeros included.
+Each program owns a tile of pixels, walks the RoIs that reach its region (`regions.py`) and adds their gradients in the
+order of RoIs, then bins: the order of torchvision's loop on the CPU, to the bit. There are no atomics and no sort, and
+each gradient is written once, zeros included.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from fastmask.kernels._runtime import (
-    ceil_div,
-    empty,
-    float64_bits,
-    jit,
-    next_power_of_2,
-    on_device_of,
-    tl,
-    triton_dtype,
+from fastmask.kernels._runtime import ceil_div, jit, next_power_of_2, on_device_of, target_backend, tl, triton_dtype
+from fastmask.kernels.roi_pool.regions import (
+    MAX_LIST_ENTRIES,
+    REGION,
+    bins_reaching,
+    count_regions,
+    extents_of,
+    list_boxes_by_region,
+    region_of,
+    round_boxes,
 )
-from fastmask.kernels.roi_pool.geometry import bin_edges, windows
 
 if TYPE_CHECKING:
+    from fastmask.kernels.roi_align.op import PyramidShape
     from fastmask.kernels.roi_pool.op import RoIPoolSpec
 
-# Chosen by compiling: no spills but five of float64 on gfx942. Not yet measured on a GPU. Programs are one warp, whose
-# threads hold all pixels of their channels: no row of gradients passes through shared memory.
-TILE = 4  # a larger tile compares each gradient with more pixels
-CHANNELS_PER_PROGRAM = 64
-BOXES_PER_STEP = 64
-BINS_IN_FLIGHT = 4
+# A bin compares its winners with all pixels of each tile that it reaches. For 2 x 512 RoIs on P2 to P5, all programs
+# execute (sm_90, bfloat16, millions of instructions) and read: 46 and 256 MB with 2 x 4 pixels x 256 channels, 57 and
+# 187 MB with 4 x 4 x 128, 62 and 256 MB with 2 x 4 x 128, 52 and 351 MB with 2 x 2 x 256. One warp holds all pixels of
+# its channels, so that no row of gradients passes through shared memory. Not yet measured on a GPU.
+TILE_ROWS, TILE_COLUMNS = 2, 4
+CHANNELS_PER_PROGRAM = {2: 256, 4: 256, 8: 128}  # by the bytes of an element
+MAX_CHANNELS_ON_HIP = 128  # 256 spill on gfx942, whose comparisons occupy scalar registers
+BINS_IN_FLIGHT = 2  # the latency of a second load is hidden where few programs run; a third would often read no bin
 
 
-@jit()
-def _bins_touching(begin, end, start, bin_size, POOLED: tl.constexpr):
-    """Range of the bins that reach into pixels begin to end - 1; at a rounding's edge one bin too many."""
-    SLACK: tl.constexpr = 1e-6 * POOLED
-    low = tl.floor((begin - start).to(bin_size.dtype) / bin_size - SLACK)
-    high = tl.ceil((end - start).to(bin_size.dtype) / bin_size + SLACK)
-    low = tl.minimum(tl.maximum(low, 0.0), POOLED)
-    return low.to(tl.int32), tl.minimum(tl.maximum(high, 0.0), POOLED).to(tl.int32)
-
-
-@jit(do_not_specialize=["num_boxes", "num_images", "height", "width", "scale_bits"])
+@jit(do_not_specialize=["num_boxes", "num_images", "first_region"])
 def _roi_pool_backward_kernel(
     grad,  # [K, PH, PW, C]
     argmax,  # [K, PH, PW, C] int32
-    boxes,  # [K, 5] of COMPUTE
-    grad_input,  # [N, C, H, W] in either layout
+    windows,  # [K, 9] int32
+    listed,  # [regions, K] int32
+    counts,  # [regions] int32
+    outputs,  # L of [N, C, H_l, W_l] in either layout
+    sizes,  # L packed (H_l, W_l)
     num_boxes,
     num_images,
-    height,
-    width,
-    scale_bits,
+    first_region,
     C: tl.constexpr,
     PH: tl.constexpr,
     PW: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,  # grad_input
+    CHANNELS_LAST: tl.constexpr,  # the outputs
     COMPUTE: tl.constexpr,
-    TILE: tl.constexpr,
+    REGION: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
     CHANNELS: tl.constexpr,
-    STEP: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    tiles_x = tl.cdiv(width, TILE)
-    tiles = tl.cdiv(height, TILE) * tiles_x
-    this_image = tl.program_id(0) // tiles
-    tile = tl.program_id(0) % tiles
-    top, left = tile // tiles_x * TILE, tile % tiles_x * TILE
-    y = top + tl.arange(0, TILE * TILE) // TILE
-    x = left + tl.arange(0, TILE * TILE) % TILE
+    ACROSS: tl.constexpr = REGION // COLUMNS
+    TILES: tl.constexpr = REGION // ROWS * ACROSS
+    region, tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
+    level, image, top, left, height, width = region_of(first_region + region, sizes, num_images, REGION)
+    top += tile // ACROSS * ROWS
+    left += tile % ACROSS * COLUMNS
+    if (top >= height) | (left >= width):
+        return
+    y = top + tl.arange(0, ROWS * COLUMNS) // COLUMNS
+    x = left + tl.arange(0, ROWS * COLUMNS) % COLUMNS
     pixel = y * width + x
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
 
-    sums = tl.zeros((TILE * TILE, CHANNELS), COMPUTE)
-    lane = tl.arange(0, STEP)
-    for first in range(0, num_boxes, STEP):
-        images, lefts, tops, widths, heights = windows(
-            boxes, first + lane, num_boxes, num_images, scale_bits, PH, PW, COMPUTE
-        )
-        y_first = bin_edges(tl.zeros_like(lane), tops, heights, height)[0]
-        x_first = bin_edges(tl.zeros_like(lane), lefts, widths, width)[0]
-        y_end = bin_edges(tl.zeros_like(lane) + (PH - 1), tops, heights, height)[1]
-        x_end = bin_edges(tl.zeros_like(lane) + (PW - 1), lefts, widths, width)[1]
-        touches = (images == this_image) & (y_first < top + TILE) & (y_end > top)
-        touches = touches & (x_first < left + TILE) & (x_end > left)
-        pending = tl.where(touches, lane, STEP)
-        nearest = tl.min(pending, 0)
-        while nearest < STEP:
-            k = first + nearest
-            _, x1, y1, bin_width, bin_height = windows(boxes, k, num_boxes, num_images, scale_bits, PH, PW, COMPUTE)
-            ph, ph_end = _bins_touching(top, top + TILE, y1, bin_height, PH)
-            pw, pw_end = _bins_touching(left, left + TILE, x1, bin_width, PW)
-            columns = pw_end - pw
-            count = (ph_end - ph) * columns
-            for start in range(0, count, UNROLL):
-                for i in tl.static_range(UNROLL):  # keeps several loads in flight
-                    nth = (ph + (start + i) // columns) * PW + pw + (start + i) % columns
-                    row = (k.to(tl.int64) * (PH * PW) + nth) * C + channel[None, :]
-                    valid = (start + i < count) & (channel < C)[None, :]
-                    value = tl.load(grad + row, mask=valid, other=0.0).to(COMPUTE)
-                    winner = tl.load(argmax + row, mask=valid, other=-1)
-                    sums += tl.where(winner == pixel[:, None], value, 0.0)
-            pending = tl.where(lane == nearest, STEP, pending)
-            nearest = tl.min(pending, 0)
+    sums = tl.zeros((ROWS * COLUMNS, CHANNELS), COMPUTE)
+    listed += region.to(tl.int64) * num_boxes
+    for entry in range(tl.load(counts + region)):
+        k = tl.load(listed + entry).to(tl.int64)
+        window = windows + k * 9
+        y_first, y_end, x_first, x_end = extents_of(window)
+        if (y_first < top + ROWS) & (y_end > top) & (x_first < left + COLUMNS) & (x_end > left):
+            p, p_end = bins_reaching(window + 5, top, top + ROWS, PH)
+            q, q_end = bins_reaching(window + 7, left, left + COLUMNS, PW)
+            columns = q_end - q
+            count = (p_end - p) * columns
+            bin, end_of_row = p * PW + q, p * PW + q_end - 1
+            grad_roi = grad + k * (PH * PW * C) + channel[None, :]
+            argmax_roi = argmax + k * (PH * PW * C) + channel[None, :]
+            for first in range(0, count, UNROLL):
+                for i in tl.static_range(UNROLL):  # several loads in flight
+                    valid = first + i < count if C % CHANNELS == 0 else (first + i < count) & (channel < C)[None, :]
+                    value = tl.load(grad_roi + bin * C, mask=valid, other=0.0).to(COMPUTE)
+                    winner = tl.load(argmax_roi + bin * C, mask=valid, other=-1)
+                    # A sum is never -0, so that adding nothing is adding 0.
+                    sums = tl.where(winner == pixel[:, None], sums + value, sums)
+                    last = bin == end_of_row
+                    bin += tl.where(last, PW - columns + 1, 1)
+                    end_of_row += tl.where(last, PW, 0)
 
+    output = outputs[0]
+    for index in tl.static_range(1, len(sizes)):
+        if level == index:
+            output = outputs[index]
     exists = ((y < height) & (x < width))[:, None] & (channel < C)[None, :]
-    grad_input += this_image.to(tl.int64) * height * width * C
-    result = sums.to(grad_input.dtype.element_ty)
+    output += image.to(tl.int64) * height * width * C
     if CHANNELS_LAST:
-        tl.store(grad_input + pixel.to(tl.int64)[:, None] * C + channel[None, :], result, mask=exists)
+        place = pixel.to(tl.int64)[:, None] * C + channel[None, :]
     else:
-        plane = channel.to(tl.int64)[None, :] * height * width
-        tl.store(grad_input + plane + pixel[:, None], result, mask=exists)
+        place = pixel[:, None] + channel.to(tl.int64)[None, :] * height * width
+    tl.store(output + place, sums.to(output.dtype.element_ty), mask=exists)
 
 
 def launch_roi_pool_backward(
-    grad: Tensor, boxes: Tensor, argmax: Tensor, size: Sequence[int], channels_last: bool, spec: RoIPoolSpec
-) -> Tensor:
-    """Gradient of the input."""
-    grad_input = empty(grad, size, channels_last)
-    if not grad_input.numel():
-        return grad_input
-    num_images, channels, height, width = size
-    block = min(CHANNELS_PER_PROGRAM, next_power_of_2(channels))
-    tiles = ceil_div(height, TILE) * ceil_div(width, TILE)
-    with on_device_of(grad):
-        _roi_pool_backward_kernel[(num_images * tiles, ceil_div(channels, block))](
-            grad.contiguous(memory_format=torch.channels_last),
-            argmax.contiguous(memory_format=torch.channels_last),
-            boxes.contiguous(),
-            grad_input,
-            len(boxes),
-            num_images,
-            height,
-            width,
-            float64_bits(spec.spatial_scale),
-            C=channels,
-            PH=spec.pooled_height,
-            PW=spec.pooled_width,
-            CHANNELS_LAST=channels_last,
-            COMPUTE=triton_dtype(grad.dtype),
-            TILE=TILE,
-            CHANNELS=block,
-            STEP=BOXES_PER_STEP,
-            UNROLL=BINS_IN_FLIGHT,
-            num_warps=1,
-            enable_fp_fusion=False,
-        )
-    return grad_input
+    grad: Tensor, boxes: Tensor, argmax: Tensor, shape: PyramidShape, channels_last: bool, spec: RoIPoolSpec
+) -> list[Tensor]:
+    """Gradients of the levels."""
+    grads = shape.empty_features(grad, channels_last)
+    regions, channels = count_regions(shape), grad.shape[1]
+    if not regions or not channels:
+        return grads
+    block = min(CHANNELS_PER_PROGRAM[grad.element_size()], next_power_of_2(channels))
+    block = min(block, MAX_CHANNELS_ON_HIP) if target_backend() == "hip" else block
+    tiles = REGION // TILE_ROWS * (REGION // TILE_COLUMNS)
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    argmax = argmax.contiguous(memory_format=torch.channels_last)
+    windows = round_boxes(boxes.contiguous(), shape, spec)
+    step = min(regions, max(1, MAX_LIST_ENTRIES // max(len(boxes), 1)))
+    for first_region in range(0, regions, step):
+        in_launch = min(step, regions - first_region)
+        listed, counts = list_boxes_by_region(windows, shape, first_region, in_launch)
+        with on_device_of(grad):
+            _roi_pool_backward_kernel[(in_launch * tiles, ceil_div(channels, block))](
+                grad,
+                argmax,
+                windows,
+                listed,
+                counts,
+                tuple(grads),
+                shape.kernel_sizes(),
+                len(boxes),
+                shape.num_images,
+                first_region,
+                C=channels,
+                PH=spec.pooled_height,
+                PW=spec.pooled_width,
+                CHANNELS_LAST=channels_last,
+                COMPUTE=triton_dtype(grad.dtype),
+                REGION=REGION,
+                ROWS=TILE_ROWS,
+                COLUMNS=TILE_COLUMNS,
+                CHANNELS=block,
+                UNROLL=BINS_IN_FLIGHT,
+                num_warps=1,
+                enable_fp_fusion=False,
+            )
+    return grads

@@ -1,7 +1,8 @@
-"""RoIPool's forward kernel: a program pools a block of bins and channels of one RoI."""
+"""RoIPool's forward kernel: a warp pools one row of bins of a RoI from its level."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,107 +10,109 @@ from torch import Tensor
 
 from fastmask.kernels._runtime import (
     ceil_div,
-    float64_bits,
     is_channels_last,
     jit,
     next_power_of_2,
     on_device_of,
+    pack_size,
     tl,
     triton_dtype,
 )
-from fastmask.kernels.roi_pool.geometry import bin_edges, lowest_feature, windows
+from fastmask.kernels.roi_pool.geometry import bin_edges, lowest_feature, position_dtype, window_of
 
 if TYPE_CHECKING:
     from fastmask.kernels.roi_pool.op import RoIPoolSpec
 
-# Chosen by compiling: no spills on any architecture. Not yet measured on a GPU.
-BINS_PER_PROGRAM = 8
+# A warp takes one row of bins: its loop runs over the pixels of one bin, 8 on P2; that of a block of bins runs over
+# those of the largest, 12. 32 programs per multiprocessor may have 64 registers; sm_90 needs 62. Four pixels in flight
+# hide no more latency, and read one pixel in five again. Not yet measured on a GPU.
 CHANNELS_PER_PROGRAM = 256
+PIXELS_IN_FLIGHT = 2
 
 
-@jit(do_not_specialize=["num_boxes", "num_images", "height", "width", "scale_bits"])
+@jit(do_not_specialize=["num_images"])
 def _roi_pool_kernel(
-    features,  # [N, H, W, C]
+    features,  # L of [N, H_l, W_l, C]
     boxes,  # [K, 5] of COMPUTE
-    output,  # [K, C, PH, PW] in either layout
+    output,  # [K, PH, PW, C]
     argmax,  # [K, PH, PW, C] int32
-    num_boxes,
+    sizes,  # L packed (H_l, W_l)
     num_images,
-    height,
-    width,
-    scale_bits,
+    scales,  # L float64 bits
     C: tl.constexpr,
     PH: tl.constexpr,
     PW: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,  # the output
+    THRESHOLDS: tl.constexpr,
     COMPUTE: tl.constexpr,
+    POSITION: tl.constexpr,
     LOWEST: tl.constexpr,
-    BINS: tl.constexpr,
     CHANNELS: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
-    BLOCKS: tl.constexpr = (PH * PW + BINS - 1) // BINS
-    k = tl.program_id(0) // BLOCKS
-    bin = tl.program_id(0) % BLOCKS * BINS + tl.arange(0, BINS)
+    k = (tl.program_id(0) // PH).to(tl.int64)
+    p = tl.program_id(0) % PH
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    image, left, top, bin_width, bin_height = windows(boxes, k, num_boxes, num_images, scale_bits, PH, PW, COMPUTE)
-    y0, y1 = bin_edges(bin // PW, top, bin_height, height)
-    x0, x1 = bin_edges(bin % PW, left, bin_width, width)
-    y1 = tl.where(bin < PH * PW, y1, y0)  # bins past the last are empty
+    mask = None if C % CHANNELS == 0 else channel < C
+    window = window_of(boxes + k * 5, num_images, sizes, scales, PH, PW, THRESHOLDS, COMPUTE)
+    feature = features[0]
+    for index in tl.static_range(1, len(features)):
+        if window.level == index:
+            feature = features[index]
+    feature += window.image.to(tl.int64) * window.height * window.width * C + channel
+    y0, y1 = bin_edges(p, window.top, window.bin_height, window.height, POSITION)
 
-    features += image.to(tl.int64) * height * width * C
-    best = tl.full((BINS, CHANNELS), LOWEST, COMPUTE)
-    winner = tl.full((BINS, CHANNELS), -1, tl.int32)
-    for i in range(tl.max(y1 - y0, 0)):
-        for j in range(tl.max(x1 - x0, 0)):
-            y, x = y0 + i, x0 + j
-            pixel = y * width + x
-            inside = ((y < y1) & (x < x1))[:, None] & (channel < C)[None, :]
-            row = features + pixel.to(tl.int64)[:, None] * C + channel[None, :]
-            value = tl.load(row, mask=inside, other=LOWEST).to(COMPUTE)
-            larger = value > best  # False for NaN
-            best = tl.where(larger, value, best)
-            winner = tl.where(larger, pixel[:, None], winner)
-    empty = (y0 >= y1) | (x0 >= x1)
-    best = tl.where(empty[:, None], 0.0, best)
-
-    exists = (bin < PH * PW)[:, None] & (channel < C)[None, :]
-    roi = k.to(tl.int64) * (PH * PW * C)
-    rows = roi + bin[:, None] * C + channel[None, :]
-    tl.store(argmax + rows, winner, mask=exists)
-    if CHANNELS_LAST:
-        tl.store(output + rows, best.to(output.dtype.element_ty), mask=exists)
-    else:
-        columns = roi + bin[:, None] + channel[None, :] * (PH * PW)
-        tl.store(output + columns, best.to(output.dtype.element_ty), mask=exists)
+    bin = (k * PH + p) * PW * C
+    for q in range(PW):
+        x0, x1 = bin_edges(q, window.left, window.bin_width, window.width, POSITION)
+        best = tl.full((CHANNELS,), LOWEST, COMPUTE)
+        winner = tl.full((CHANNELS,), -1, tl.int32)
+        columns = x1 - x0
+        pixels = tl.where(y0 < y1, columns, 0) * (y1 - y0)
+        x, pixel, last = x0, y0 * window.width + x0, (y1 - 1) * window.width + x1 - 1
+        for _ in range(pixels // UNROLL + tl.minimum(pixels % UNROLL, 1)):
+            for _ in tl.static_range(UNROLL):  # several loads in flight
+                value = tl.load(feature + pixel.to(tl.int64) * C, mask=mask).to(COMPUTE)
+                larger = value > best  # False for NaN
+                best = tl.where(larger, value, best)
+                winner = tl.where(larger, pixel, winner)
+                end_of_row = x == x1 - 1
+                step = tl.where(end_of_row, window.width - columns + 1, 1)
+                x = tl.where(end_of_row, x0, x + 1)
+                pixel += tl.where(pixel == last, 0, step)  # the last one does not win again: it is not larger
+        best = tl.where(pixels > 0, best, 0.0)
+        tl.store(output + bin + q * C + channel, best.to(output.dtype.element_ty), mask=mask)
+        tl.store(argmax + bin + q * C + channel, winner, mask=mask)
 
 
-def launch_roi_pool(input: Tensor, boxes: Tensor, spec: RoIPoolSpec) -> tuple[Tensor, Tensor]:
+def launch_roi_pool(features: Sequence[Tensor], boxes: Tensor, spec: RoIPoolSpec) -> tuple[Tensor, Tensor]:
     """Pooled features, and which pixel each is, or -1."""
-    num_images, channels, height, width = input.shape
-    output, argmax = spec.empty_outputs(input, boxes)
+    output, argmax = spec.empty_outputs(features, boxes)
     if not output.numel():
         return output, argmax
+    channels = features[0].shape[1]
+    sizes = [(feature.shape[2], feature.shape[3]) for feature in features]
     block = min(CHANNELS_PER_PROGRAM, next_power_of_2(channels))
-    bin_blocks = ceil_div(spec.pooled_height * spec.pooled_width, BINS_PER_PROGRAM)
-    with on_device_of(input):
-        _roi_pool_kernel[(len(boxes) * bin_blocks, ceil_div(channels, block))](
-            input.contiguous(memory_format=torch.channels_last),
+    # Channels innermost, and transposed once: a bin of an NCHW output is a sector of 32 bytes for each channel.
+    pooled = output if is_channels_last(output) else torch.empty_like(output, memory_format=torch.channels_last)
+    with on_device_of(boxes):
+        _roi_pool_kernel[(len(boxes) * spec.pooled_height, ceil_div(channels, block))](
+            tuple(feature.contiguous(memory_format=torch.channels_last) for feature in features),
             boxes.contiguous(),
-            output,
+            pooled,
             argmax,
-            len(boxes),
-            num_images,
-            height,
-            width,
-            float64_bits(spec.spatial_scale),
+            tuple(pack_size(*size) for size in sizes),
+            features[0].shape[0],
+            spec.scale_bits(),
             C=channels,
             PH=spec.pooled_height,
             PW=spec.pooled_width,
-            CHANNELS_LAST=is_channels_last(input),
-            COMPUTE=triton_dtype(input.dtype),
-            LOWEST=lowest_feature(input.dtype),
-            BINS=BINS_PER_PROGRAM,
+            THRESHOLDS=spec.thresholds(boxes.dtype),
+            COMPUTE=triton_dtype(output.dtype),
+            POSITION=position_dtype(sizes, output.dtype),
+            LOWEST=lowest_feature(output.dtype),
             CHANNELS=block,
+            UNROLL=PIXELS_IN_FLIGHT,
+            num_warps=1,
             enable_fp_fusion=False,
         )
-    return output, argmax
+    return output if pooled is output else output.copy_(pooled), argmax
