@@ -38,6 +38,7 @@ T = TypeVar("T")
 LIBRARY = torch.library.Library("fastmask", "DEF")
 LAUNCHERS: dict[str, Callable[..., Any]] = {}  # by the operator's name: what runs on accelerators
 INTERPRETED: bool = triton is not None and triton.knobs.runtime.interpret
+_FMA_ROUNDS_TWICE = triton and triton.language.constexpr(INTERPRETED)  # the interpreter also rounds the product
 
 Size: TypeAlias = int  # in a spec: a number that `torch.compile` may keep symbolic
 
@@ -185,6 +186,39 @@ def float_of(bits, COMPUTE: tl.constexpr):
 def divide(x, y):
     """Rounded to nearest: Triton's `/` is approximate in float32, and its `div_rn` takes nothing wider."""
     return x / y if x.dtype == tl.float64 else tl.div_rn(x, y)
+
+
+@jit()
+def divide_by_reciprocal(x, divisor, reciprocal):
+    """`divide(x, divisor)` to the bit and without a branch, from `reciprocal = divide(1, divisor)`.
+
+    x is 0 or 2^-60 <= |x| < infinity, and 1 <= divisor <= 2^100. The first quotient is off by at most 1.5 ulp. Adding
+    its remainder times the reciprocal leaves at most one ulp; the second remainder is then exact, and with a correctly
+    rounded reciprocal the second correction rounds correctly (Markstein 1990).
+    """
+    if x.dtype == tl.float64 or _FMA_ROUNDS_TWICE:
+        return divide(x, divisor)
+    quotient = x * reciprocal
+    quotient = tl.fma(tl.fma(-quotient, divisor, x), reciprocal, quotient)
+    return tl.fma(tl.fma(-quotient, divisor, x), reciprocal, quotient)
+
+
+@jit()
+def divide_by_constant(x, DIVISOR: tl.constexpr):
+    """`divide(x, DIVISOR)` to the bit, for an integer DIVISOR in 1 .. 2^22 and x = 0 or 2^-60 <= |x| < infinity.
+
+    A power of two divides every x: its reciprocal is exact, and the product rounds the same number as the quotient.
+    For others one correction of a quotient that is off by at most 1.5 ulp is enough. The remainder is exact: a multiple
+    of the quotient's ulp, and less than 2^24 of them. Before its last rounding the result is off by less than
+    1.5 * 2^-24 ulp. x / DIVISOR is at least 1 / (2 * DIVISOR) ulp from the midpoint of two floats, because DIVISOR times
+    a midpoint has more than 24 bits and is not x.
+    """
+    if (DIVISOR & (DIVISOR - 1)) == 0:
+        return x * (1.0 / DIVISOR)
+    if x.dtype == tl.float64 or _FMA_ROUNDS_TWICE:
+        return divide(x, DIVISOR * 1.0)
+    quotient = x * (1.0 / DIVISOR)
+    return tl.fma(tl.fma(quotient, -1.0 * DIVISOR, x), 1.0 / DIVISOR, quotient)
 
 
 def pack_size(height: int, width: int) -> int:

@@ -95,9 +95,9 @@ def _roi_align_forward_kernel(
         columns = axis_of(x1, x2, column, width, PW, RATIO, ALIGNED)
         if RATIO > 0 and RATIO <= 3:  # unrolled; larger grids would take too long to compile
             for i in tl.static_range(RATIO):
-                y = neighbours(rows, i)
+                y = neighbours(rows, i, RATIO)
                 for j in tl.static_range(RATIO):
-                    x = neighbours(columns, j)
+                    x = neighbours(columns, j, RATIO)
                     sampled = _sample(feature, y, x, width, channel, mask, C)
                     if REDUCTION == "max":
                         better = (sampled > value) | (i + j == 0)
@@ -107,9 +107,9 @@ def _roi_align_forward_kernel(
                         value += sampled
         else:
             for i in range(tl.max(rows.visited, 0).to(tl.int32)):
-                y = _mask_weights(i < rows.visited, neighbours(rows, i))
+                y = _mask_weights(i < rows.visited, neighbours(rows, i, RATIO))
                 for j in range(tl.max(columns.visited, 0).to(tl.int32)):
-                    x = _mask_weights(j < columns.visited, neighbours(columns, j))
+                    x = _mask_weights(j < columns.visited, neighbours(columns, j, RATIO))
                     sampled = _sample(feature, y, x, width, channel, mask, C)
                     if REDUCTION == "max":
                         visited = ((i < rows.visited) & (j < columns.visited))[:, None]
@@ -119,7 +119,10 @@ def _roi_align_forward_kernel(
                     else:
                         value += sampled
         if REDUCTION == "mean":
-            value = divide(value, tl.maximum(rows.grid * columns.grid, 1.0)[:, None])
+            if RATIO > 0 and (RATIO & (RATIO - 1)) == 0:
+                value *= 1.0 / (RATIO * RATIO)  # exact
+            else:
+                value = divide(value, tl.maximum(rows.grid * columns.grid, 1.0)[:, None])
 
     start = k * (PH * PW * C)
     if CHANNELS_LAST:

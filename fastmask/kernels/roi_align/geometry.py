@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from fastmask.kernels._rois import image_indices
-from fastmask.kernels._runtime import divide, float_of, jit, tl
+from fastmask.kernels._runtime import divide, divide_by_constant, divide_by_reciprocal, float_of, jit, tl
 from fastmask.kernels.roi_align.levels import assign_fpn_levels
 
 if TYPE_CHECKING:
@@ -215,42 +215,56 @@ class Axis(NamedTuple):
     skipped: Any  # samples before the first that is visited
     visited: Any  # samples that are visited
     extent: Any  # pixels of the level
+    per_grid: Any  # 1 / grid
 
 
 @jit()
 def axis_of(start, end, p, extent, BINS: tl.constexpr, RATIO: tl.constexpr, ALIGNED: tl.constexpr):
-    """The `Axis` of bins `p` of boxes from `start` to `end`."""
+    """The `Axis` of bins `p` of boxes from `start` to `end`, which are finite."""
     size = end - start
     if not ALIGNED:
         size = tl.maximum(size, 1.0)
-    bin = divide(size, BINS * 1.0)
+    # Not tiny, as `divide_by_constant` needs: aligned corners are multiples of 2^-25.
+    bin = divide_by_constant(size, BINS)
     base = start + p * bin
     if RATIO > 0:
-        grid = bin * 0 + RATIO
-        skipped = base * 0
-        visited = skipped + RATIO
+        grid = tl.full(base.shape, RATIO, base.dtype)
+        per_grid = tl.full(base.shape, 1.0 / RATIO, base.dtype)
+        skipped = tl.full(base.shape, 0, base.dtype)
+        visited = grid
     else:
         grid = tl.maximum(tl.ceil(bin), 0.0)
-        step = divide(bin, tl.maximum(grid, 1.0))
+        samples = tl.maximum(grid, 1.0)
+        step = divide(bin, samples)
         safe = tl.where(grid > 0, step, 1.0)
         skipped = tl.minimum(tl.maximum(tl.floor(divide(-1 - base, safe) - 2), 0.0), grid)
         end_visit = tl.minimum(tl.maximum(tl.ceil(divide(extent - base, safe) + 2), skipped), grid)
         visited = end_visit - skipped
-    return Axis(base, bin, grid, skipped, visited, extent)
+        per_grid = divide(samples * 0 + 1.0, samples)
+    return Axis(base, bin, grid, skipped, visited, extent, per_grid)
 
 
 @jit()
-def position_of(axis, sample):
+def divide_by_grid(x, axis, RATIO: tl.constexpr = 0):
+    """x / grid, rounded to nearest, for positions and weights; a positive RATIO is the grid of every bin."""
+    if RATIO > 0:
+        return divide_by_constant(x, RATIO)
+    return divide_by_reciprocal(x, tl.maximum(axis.grid, 1.0), axis.per_grid)
+
+
+@jit()
+def position_of(axis, sample, RATIO: tl.constexpr = 0):
     """Position of a visited sample, clamped to the level's pixel centres, and whether it was inside."""
-    position = axis.start + divide((axis.skipped + sample + 0.5) * axis.bin, axis.grid)
+    offset = divide_by_grid((axis.skipped + sample + 0.5) * axis.bin, axis, RATIO)
+    position = axis.start + offset
     inside = (position >= -1) & (position <= axis.extent)
     return tl.minimum(tl.maximum(position, 0.0), (axis.extent - 1).to(axis.start.dtype)), inside
 
 
 @jit()
-def neighbours(axis, sample):
+def neighbours(axis, sample, RATIO: tl.constexpr = 0):
     """Low and high neighbour of a visited sample along an axis, and their weights (0 outside the level)."""
-    position, inside = position_of(axis, sample)
+    position, inside = position_of(axis, sample, RATIO)
     low = position.to(tl.int32)
     fraction = position - low
     high = tl.minimum(low + 1, axis.extent - 1)
