@@ -28,7 +28,7 @@ from fastmask.kernels._level_lists import list_boxes_by_level
 from fastmask.kernels._runtime import (
     INTERPRETED,
     ceil_div,
-    divide,
+    divide_by_constant,
     float_of,
     jit,
     next_power_of_2,
@@ -38,7 +38,7 @@ from fastmask.kernels._runtime import (
     triton,
     triton_dtype,
 )
-from fastmask.kernels.roi_align.geometry import axis_of, position_of, scaled_box
+from fastmask.kernels.roi_align.geometry import axis_of, divide_by_grid, position_of, scaled_box
 from fastmask.kernels.roi_align.tile_lists import (
     BOXES_PER_STEP,
     TILE,
@@ -61,26 +61,26 @@ NUM_STAGES = 3
 
 
 @jit()
-def _sample_weights(axis, sample, pixel):
+def _sample_weights(axis, sample, pixel, RATIO: tl.constexpr):
     """Bilinear weights `[pixels, samples]` along an axis, of one sample of each of its bins."""
-    position, inside = position_of(axis, sample)
-    weight = tl.maximum(1 - tl.abs(position[None, :] - pixel[:, None]), 0.0)
-    return tl.where(inside[None, :], weight, 0.0)
+    position, inside = position_of(axis, sample, RATIO)
+    # A sample that is not inside is moved to where no pixel is near.
+    position = tl.where(inside, position, -4.0)
+    return tl.maximum(1 - tl.abs(position[None, :] - pixel[:, None]), 0.0)
 
 
 @jit()
-def _axis_weights(start, end, p, pixel, extent, BINS: tl.constexpr, RATIO: tl.constexpr, ALIGNED: tl.constexpr):
-    """W `[pixels, bins]` along one axis, divided by the bin's number of samples."""
-    axis = axis_of(start, end, p.to(start.dtype), extent, BINS, RATIO, ALIGNED)
-    weights = tl.zeros((pixel.shape[0], p.shape[0]), start.dtype)
+def _axis_weights(axis, exists, pixel, RATIO: tl.constexpr):
+    """W `[pixels, bins]` along one axis, not divided by the bin's number of samples."""
+    weights = _sample_weights(axis, 0, pixel, RATIO)
     if RATIO > 0 and RATIO <= 3:
-        for i in tl.static_range(RATIO):
-            weights += _sample_weights(axis, i, pixel)
+        for i in tl.static_range(1, RATIO):
+            weights += _sample_weights(axis, i, pixel, RATIO)
     else:
-        for i in range(tl.max(tl.where(p < BINS, axis.visited, 0.0), 0).to(tl.int32)):
-            weight = _sample_weights(axis, i, pixel)
-            weights += tl.where((i < axis.visited)[None, :], weight, 0.0)
-    return divide(weights, tl.maximum(axis.grid, 1.0))
+        weights = tl.where((axis.visited > 0)[None, :], weights, 0.0)
+        for i in range(1, tl.max(tl.where(exists, axis.visited, 0.0), 0).to(tl.int32)):
+            weights += tl.where((i < axis.visited)[None, :], _sample_weights(axis, i, pixel, RATIO), 0.0)
+    return weights
 
 
 @jit()
@@ -91,11 +91,11 @@ def _outer_product(weight_y, weight_x):
 
 
 @jit()
-def _add_winner(total, grad_bin, winner, rows, columns, row, column):
+def _add_winner(total, grad_bin, winner, rows, columns, row, column, RATIO: tl.constexpr):
     """`total` and the gradient of one bin, which goes to the sample that won it, of each channel."""
     across = tl.maximum(columns.visited.to(tl.int32), 1)
-    weight = _sample_weights(rows, winner // across, row)
-    weight *= _sample_weights(columns, winner % across, column)
+    weight = _sample_weights(rows, winner // across, row, RATIO)
+    weight *= _sample_weights(columns, winner % across, column, RATIO)
     return total + weight * grad_bin[None, :]
 
 
@@ -107,12 +107,9 @@ def sum_windows(
     windows,
     begin,
     end,
-    channel,
-    first_row,
-    first_column,
-    height,
-    width,
+    tile,
     scale,
+    channel,
     C: tl.constexpr,
     PH: tl.constexpr,
     PW: tl.constexpr,
@@ -122,38 +119,47 @@ def sum_windows(
     COMPUTE: tl.constexpr,
     TILE: tl.constexpr,
     WINDOW: tl.constexpr,
+    CHANNELS: tl.constexpr,
     PRODUCT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """The gradient `[pixels, channels]` of a tile from windows begin .. end - 1."""
-    total = tl.zeros((TILE * TILE, channel.shape[0]), COMPUTE)
-    tile_row, tile_column = first_row + tl.arange(0, TILE), first_column + tl.arange(0, TILE)
+    total = tl.zeros((TILE * TILE, CHANNELS), COMPUTE)
+    tile_row, tile_column = tile.row + tl.arange(0, TILE), tile.column + tl.arange(0, TILE)
     for at in range(begin, end):
         window = tl.load(windows + at)
         k, p, q = window // (PH * PW), window % (PH * PW) // PW, window % PW
         x1, y1, x2, y2 = scaled_box(boxes + k.to(tl.int64) * 5, scale, ALIGNED)
         if REDUCTION == "max":
             pixel = tl.arange(0, TILE * TILE)
-            row, column = first_row + pixel // TILE, first_column + pixel % TILE
+            row, column = tile.row + pixel // TILE, tile.column + pixel % TILE
             for bin in range(WINDOW * WINDOW):
                 bin_p, bin_q = p + bin // WINDOW, q + bin % WINDOW
                 if (bin_p < PH) & (bin_q < PW):
-                    rows = axis_of(y1, y2, bin_p * 1.0, height, PH, RATIO, ALIGNED)
-                    columns = axis_of(x1, x2, bin_q * 1.0, width, PW, RATIO, ALIGNED)
+                    rows = axis_of(y1, y2, bin_p * 1.0, tile.height, PH, RATIO, ALIGNED)
+                    columns = axis_of(x1, x2, bin_q * 1.0, tile.width, PW, RATIO, ALIGNED)
                     place = ((k.to(tl.int64) * PH + bin_p) * PW + bin_q) * C + channel
                     grad_bin = tl.load(grad + place, mask=channel < C, other=0.0).to(COMPUTE)
                     winner = tl.load(argmax + place, mask=channel < C, other=0)
-                    total = _add_winner(total, grad_bin, winner, rows, columns, row, column)
+                    total = _add_winner(total, grad_bin, winner, rows, columns, row, column, RATIO)
         else:
-            weight_y = _axis_weights(y1, y2, p + tl.arange(0, WINDOW), tile_row, height, PH, RATIO, ALIGNED)
-            weight_x = _axis_weights(x1, x2, q + tl.arange(0, WINDOW), tile_column, width, PW, RATIO, ALIGNED)
-            weight = _outer_product(weight_y, weight_x)
             bin = tl.arange(0, WINDOW * WINDOW)
             inside = ((p + bin // WINDOW < PH) & (q + bin % WINDOW < PW))[:, None]
-            if C % channel.shape[0] != 0:
+            if C % CHANNELS != 0:
                 inside &= (channel < C)[None, :]
             place = ((bin // WINDOW * PW + bin % WINDOW) * C)[:, None] + channel[None, :]
             grad_bins = tl.load(grad + window.to(tl.int64) * C + place, mask=inside, other=0.0)
+            bin_rows, bin_columns = p + tl.arange(0, WINDOW), q + tl.arange(0, WINDOW)
+            rows = axis_of(y1, y2, bin_rows.to(COMPUTE), tile.height, PH, RATIO, ALIGNED)
+            columns = axis_of(x1, x2, bin_columns.to(COMPUTE), tile.width, PW, RATIO, ALIGNED)
+            weight_y = _axis_weights(rows, bin_rows < PH, tile_row, RATIO)
+            weight_x = _axis_weights(columns, bin_columns < PW, tile_column, RATIO)
+            if RATIO > 0:
+                weight_x = divide_by_constant(weight_x, RATIO * RATIO)
+            else:
+                weight_y = divide_by_grid(weight_y, rows)
+                weight_x = divide_by_grid(weight_x, columns)
+            weight = _outer_product(weight_y, weight_x)
             total = tl.dot(
                 weight.to(PRODUCT), grad_bins.to(PRODUCT), total, input_precision=PRECISION, out_dtype=COMPUTE
             )
@@ -187,12 +193,11 @@ def _roi_align_backward_kernel(
     PRODUCT: tl.constexpr,  # dtype of the product's factors
     PRECISION: tl.constexpr,
 ):
-    tile = first_tile + tl.program_id(0)
+    tile = tile_at(first_tile + tl.program_id(0), sizes, num_images, TILE)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    level, image, first_row, first_column, height, width, _ = tile_at(tile, sizes, num_images, TILE)
     output, scale = outputs[0], scales[0]
     for index in tl.static_range(1, len(sizes)):
-        if level == index:
+        if tile.level == index:
             output, scale = outputs[index], scales[index]
     scale = float_of(scale, COMPUTE)
 
@@ -205,12 +210,9 @@ def _roi_align_backward_kernel(
         windows,
         0,
         count,
-        channel,
-        first_row,
-        first_column,
-        height,
-        width,
+        tile,
         scale,
+        channel,
         C,
         PH,
         PW,
@@ -220,17 +222,19 @@ def _roi_align_backward_kernel(
         COMPUTE,
         TILE,
         WINDOW,
+        CHANNELS,
         PRODUCT,
         PRECISION,
     )
 
     pixel = tl.arange(0, TILE * TILE)
-    row, column = first_row + pixel // TILE, first_column + pixel % TILE
+    row, column = tile.row + pixel // TILE, tile.column + pixel % TILE
+    height, width, image = tile.height, tile.width, tile.image.to(tl.int64)
     if CHANNELS_LAST:
-        place = (image.to(tl.int64) * height * width + row.to(tl.int64) * width + column)[:, None] * C
+        place = (image * height * width + row.to(tl.int64) * width + column)[:, None] * C
         place += channel[None, :]
     else:
-        place = (image.to(tl.int64) * C + channel)[None, :] * height * width
+        place = (image * C + channel)[None, :] * height * width
         place += (row.to(tl.int64) * width + column)[:, None]
     inside = (row < height) & (column < width)
     if C % CHANNELS == 0:

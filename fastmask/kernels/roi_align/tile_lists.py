@@ -9,7 +9,9 @@ also the row of its gradient.
 
 from __future__ import annotations
 
-from fastmask.kernels._runtime import divide, float_of, jit, tl
+from typing import Any, NamedTuple
+
+from fastmask.kernels._runtime import divide_by_constant, float_of, jit, tl
 from fastmask.kernels.roi_align.geometry import finite_box, scaled_box, size_of
 
 TILE = 8
@@ -19,9 +21,21 @@ BOXES_PER_STEP = 128
 NUM_WARPS = 1
 
 
+class Tile(NamedTuple):
+    """A tile, as kernels hold it."""
+
+    level: Any
+    image: Any
+    row: Any  # of its first pixel
+    column: Any
+    height: Any  # of its level
+    width: Any
+    first: Any  # the number of the first tile of its image and level
+
+
 @jit()
 def tile_at(tile, sizes, num_images, TILE: tl.constexpr):
-    """Level, image, first row and column of a tile, its level's height and width, the first tile of image and level."""
+    """The `Tile` of a number."""
     LAST: tl.constexpr = len(sizes) - 1
     level, packed, start, end = LAST, sizes[LAST], 0, 0
     for index in tl.static_range(LAST):
@@ -36,7 +50,7 @@ def tile_at(tile, sizes, num_images, TILE: tl.constexpr):
     start += image * rows * columns
     row = (tile - start) // columns
     column = tile - start - row * columns
-    return level, image, row * TILE, column * TILE, height, width, start
+    return Tile(level, image, row * TILE, column * TILE, height, width, start)
 
 
 @jit()
@@ -52,7 +66,7 @@ def _bins_reaching(
     size = end - start
     if not ALIGNED:
         size = tl.maximum(size, 1.0)
-    bin = divide(size, BINS * 1.0)
+    bin = divide_by_constant(size, BINS)
     regular = (bin > 1e-6) & (bin < 1e9)
     inverse = 1.0 / tl.where(regular, bin, 1.0)
     slack = 1.0 / 64 + (tl.abs(start) + tl.abs(size) + first) * (1.0 / (1 << 18))
@@ -95,22 +109,22 @@ def list_windows_kernel(
     Tiles of one image and level have room for all windows of its boxes, so that all lists need max_tiles * K * windows
     per box, whatever level the boxes are on.
     """
-    tile = first_tile + tl.program_id(0)
-    level, image, first_row, first_column, _, _, row_start = tile_at(tile, sizes, num_images, TILE)
+    number = first_tile + tl.program_id(0)
+    tile = tile_at(number, sizes, num_images, TILE)
     scale = scales[0]
     for index in tl.static_range(1, len(sizes)):
-        if level == index:
+        if tile.level == index:
             scale = scales[index]
     scale = float_of(scale, COMPUTE)
 
-    row = image * len(sizes) + level
+    row = tile.image * len(sizes) + tile.level
     before = 0
     for first in range(0, row, STEP):
         other = first + tl.arange(0, STEP)
         before += tl.sum(tl.load(level_counts + other, mask=other < row, other=0), 0)
     num_listed = tl.load(level_counts + row)
     PER_BOX: tl.constexpr = ((PH + WINDOW - 1) // WINDOW) * ((PW + WINDOW - 1) // WINDOW)
-    in_launch = (tile - tl.maximum(row_start, first_tile)).to(tl.int64)
+    in_launch = (number - tl.maximum(tile.first, first_tile)).to(tl.int64)
     start = (before.to(tl.int64) * max_tiles + in_launch * num_listed) * PER_BOX
     windows += start
     by_level += row.to(tl.int64) * num_boxes
@@ -120,8 +134,8 @@ def list_windows_kernel(
         entry = at + tl.arange(0, STEP)
         k = tl.load(by_level + entry, mask=entry < num_listed, other=0)
         x1, y1, x2, y2 = scaled_box(boxes + k.to(tl.int64) * 5, scale, ALIGNED)
-        p, end_p = _bins_reaching(y1, y2, first_row, PH, RATIO, ALIGNED, TILE)
-        q, end_q = _bins_reaching(x1, x2, first_column, PW, RATIO, ALIGNED, TILE)
+        p, end_p = _bins_reaching(y1, y2, tile.row, PH, RATIO, ALIGNED, TILE)
+        q, end_q = _bins_reaching(x1, x2, tile.column, PW, RATIO, ALIGNED, TILE)
         hit = (entry < num_listed) & finite_box(x1, y1, x2, y2) & (p < end_p) & (q < end_q)
         down = tl.where(hit, tl.cdiv(end_p - p, WINDOW), 0)
         across = tl.where(hit, tl.cdiv(end_q - q, WINDOW), 0)
