@@ -28,7 +28,6 @@ from fastmask.kernels._level_lists import list_boxes_by_level
 from fastmask.kernels._runtime import (
     INTERPRETED,
     ceil_div,
-    divide_by_constant,
     float_of,
     jit,
     next_power_of_2,
@@ -38,7 +37,14 @@ from fastmask.kernels._runtime import (
     triton,
     triton_dtype,
 )
-from fastmask.kernels.roi_align.geometry import axis_of, divide_by_grid, position_of, scaled_box
+from fastmask.kernels.roi_align.long_lists import (
+    MAX_SEGMENTS,
+    PIXELS_PER_STEP,
+    SEGMENT,
+    TILES_PER_STEP,
+    segment_sums_kernel,
+    sum_of_segments,
+)
 from fastmask.kernels.roi_align.tile_lists import (
     BOXES_PER_STEP,
     TILE,
@@ -46,6 +52,7 @@ from fastmask.kernels.roi_align.tile_lists import (
     list_windows_kernel,
     tile_at,
 )
+from fastmask.kernels.roi_align.windows import sum_windows
 from fastmask.kernels.roi_align.tile_lists import (
     NUM_WARPS as LIST_WARPS,
 )
@@ -61,109 +68,28 @@ NUM_STAGES = 3
 
 
 @jit()
-def _sample_weights(axis, sample, pixel, RATIO: tl.constexpr):
-    """Bilinear weights `[pixels, samples]` along an axis, of one sample of each of its bins."""
-    position, inside = position_of(axis, sample, RATIO)
-    # A sample that is not inside is moved to where no pixel is near.
-    position = tl.where(inside, position, -4.0)
-    return tl.maximum(1 - tl.abs(position[None, :] - pixel[:, None]), 0.0)
-
-
-@jit()
-def _axis_weights(axis, exists, pixel, RATIO: tl.constexpr):
-    """W `[pixels, bins]` along one axis, not divided by the bin's number of samples."""
-    weights = _sample_weights(axis, 0, pixel, RATIO)
-    if RATIO > 0 and RATIO <= 3:
-        for i in tl.static_range(1, RATIO):
-            weights += _sample_weights(axis, i, pixel, RATIO)
-    else:
-        weights = tl.where((axis.visited > 0)[None, :], weights, 0.0)
-        for i in range(1, tl.max(tl.where(exists, axis.visited, 0.0), 0).to(tl.int32)):
-            weights += tl.where((i < axis.visited)[None, :], _sample_weights(axis, i, pixel, RATIO), 0.0)
-    return weights
-
-
-@jit()
-def _outer_product(weight_y, weight_x):
-    """Weights `[pixels, bins]` of the pixels of a tile, from those along the axes."""
-    weight = weight_y[:, None, :, None] * weight_x[None, :, None, :]
-    return tl.reshape(weight, (weight_y.shape[0] * weight_x.shape[0], weight_y.shape[1] * weight_x.shape[1]))
-
-
-@jit()
-def _add_winner(total, grad_bin, winner, rows, columns, row, column, RATIO: tl.constexpr):
-    """`total` and the gradient of one bin, which goes to the sample that won it, of each channel."""
-    across = tl.maximum(columns.visited.to(tl.int32), 1)
-    weight = _sample_weights(rows, winner // across, row, RATIO)
-    weight *= _sample_weights(columns, winner % across, column, RATIO)
-    return total + weight * grad_bin[None, :]
-
-
-@jit()
-def sum_windows(
-    grad,
-    boxes,
-    argmax,
-    windows,
-    begin,
-    end,
+def _store(
+    output,
+    total,
+    pixel,
     tile,
-    scale,
     channel,
     C: tl.constexpr,
-    PH: tl.constexpr,
-    PW: tl.constexpr,
-    RATIO: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    REDUCTION: tl.constexpr,
-    COMPUTE: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
     TILE: tl.constexpr,
-    WINDOW: tl.constexpr,
     CHANNELS: tl.constexpr,
-    PRODUCT: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
-    """The gradient `[pixels, channels]` of a tile from windows begin .. end - 1."""
-    total = tl.zeros((TILE * TILE, CHANNELS), COMPUTE)
-    tile_row, tile_column = tile.row + tl.arange(0, TILE), tile.column + tl.arange(0, TILE)
-    for at in range(begin, end):
-        window = tl.load(windows + at)
-        k, p, q = window // (PH * PW), window % (PH * PW) // PW, window % PW
-        x1, y1, x2, y2 = scaled_box(boxes + k.to(tl.int64) * 5, scale, ALIGNED)
-        if REDUCTION == "max":
-            pixel = tl.arange(0, TILE * TILE)
-            row, column = tile.row + pixel // TILE, tile.column + pixel % TILE
-            for bin in range(WINDOW * WINDOW):
-                bin_p, bin_q = p + bin // WINDOW, q + bin % WINDOW
-                if (bin_p < PH) & (bin_q < PW):
-                    rows = axis_of(y1, y2, bin_p * 1.0, tile.height, PH, RATIO, ALIGNED)
-                    columns = axis_of(x1, x2, bin_q * 1.0, tile.width, PW, RATIO, ALIGNED)
-                    place = ((k.to(tl.int64) * PH + bin_p) * PW + bin_q) * C + channel
-                    grad_bin = tl.load(grad + place, mask=channel < C, other=0.0).to(COMPUTE)
-                    winner = tl.load(argmax + place, mask=channel < C, other=0)
-                    total = _add_winner(total, grad_bin, winner, rows, columns, row, column, RATIO)
-        else:
-            bin = tl.arange(0, WINDOW * WINDOW)
-            inside = ((p + bin // WINDOW < PH) & (q + bin % WINDOW < PW))[:, None]
-            if C % CHANNELS != 0:
-                inside &= (channel < C)[None, :]
-            place = ((bin // WINDOW * PW + bin % WINDOW) * C)[:, None] + channel[None, :]
-            grad_bins = tl.load(grad + window.to(tl.int64) * C + place, mask=inside, other=0.0)
-            bin_rows, bin_columns = p + tl.arange(0, WINDOW), q + tl.arange(0, WINDOW)
-            rows = axis_of(y1, y2, bin_rows.to(COMPUTE), tile.height, PH, RATIO, ALIGNED)
-            columns = axis_of(x1, x2, bin_columns.to(COMPUTE), tile.width, PW, RATIO, ALIGNED)
-            weight_y = _axis_weights(rows, bin_rows < PH, tile_row, RATIO)
-            weight_x = _axis_weights(columns, bin_columns < PW, tile_column, RATIO)
-            if RATIO > 0:
-                weight_x = divide_by_constant(weight_x, RATIO * RATIO)
-            else:
-                weight_y = divide_by_grid(weight_y, rows)
-                weight_x = divide_by_grid(weight_x, columns)
-            weight = _outer_product(weight_y, weight_x)
-            total = tl.dot(
-                weight.to(PRODUCT), grad_bins.to(PRODUCT), total, input_precision=PRECISION, out_dtype=COMPUTE
-            )
-    return total
+    """Store sums `[pixels, channels]` of pixels of a tile, those that the level has."""
+    row, column = tile.row + pixel // TILE, tile.column + pixel % TILE
+    height, width, image = tile.height, tile.width, tile.image.to(tl.int64)
+    if CHANNELS_LAST:
+        place = (image * height * width + row.to(tl.int64) * width + column)[:, None] * C + channel[None, :]
+    else:
+        place = (image * C + channel)[None, :] * height * width + (row.to(tl.int64) * width + column)[:, None]
+    inside = ((row < height) & (column < width))[:, None]
+    if C % CHANNELS != 0:
+        inside &= (channel < C)[None, :]
+    tl.store(output + place, total.to(output.dtype.element_ty), mask=inside)
 
 
 @jit(do_not_specialize=["num_images", "first_tile"])
@@ -174,6 +100,9 @@ def _roi_align_backward_kernel(
     windows,
     starts,  # [tiles] int64
     counts,  # [tiles] int32
+    workspace,  # [segments, TILE * TILE, C] of COMPUTE
+    slots,  # [tiles] int32 and
+    length,  # [1] int32, see `segment_sums_kernel`
     outputs,  # L of [N, H_l, W_l, C] or [N, C, H_l, W_l]
     sizes,  # L packed (H_l, W_l)
     num_images,
@@ -189,6 +118,8 @@ def _roi_align_backward_kernel(
     COMPUTE: tl.constexpr,
     TILE: tl.constexpr,
     WINDOW: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    PIXELS: tl.constexpr,  # of a split tile that are summed at a time
     CHANNELS: tl.constexpr,
     PRODUCT: tl.constexpr,  # dtype of the product's factors
     PRECISION: tl.constexpr,
@@ -201,47 +132,41 @@ def _roi_align_backward_kernel(
             output, scale = outputs[index], scales[index]
     scale = float_of(scale, COMPUTE)
 
-    windows += tl.load(starts + tl.program_id(0))
     count = tl.load(counts + tl.program_id(0))
-    total = sum_windows(
-        grad,
-        boxes,
-        argmax,
-        windows,
-        0,
-        count,
-        tile,
-        scale,
-        channel,
-        C,
-        PH,
-        PW,
-        RATIO,
-        ALIGNED,
-        REDUCTION,
-        COMPUTE,
-        TILE,
-        WINDOW,
-        CHANNELS,
-        PRODUCT,
-        PRECISION,
-    )
-
-    pixel = tl.arange(0, TILE * TILE)
-    row, column = tile.row + pixel // TILE, tile.column + pixel % TILE
-    height, width, image = tile.height, tile.width, tile.image.to(tl.int64)
-    if CHANNELS_LAST:
-        place = (image * height * width + row.to(tl.int64) * width + column)[:, None] * C
-        place += channel[None, :]
+    walked = count
+    if count > SEGMENT:
+        walked = tl.load(length)
+    if count <= walked:
+        windows += tl.load(starts + tl.program_id(0))
+        total = sum_windows(
+            grad,
+            boxes,
+            argmax,
+            windows,
+            count,
+            tile,
+            scale,
+            channel,
+            C,
+            PH,
+            PW,
+            RATIO,
+            ALIGNED,
+            REDUCTION,
+            COMPUTE,
+            TILE,
+            WINDOW,
+            CHANNELS,
+            PRODUCT,
+            PRECISION,
+        )
+        _store(output, total, tl.arange(0, TILE * TILE), tile, channel, C, CHANNELS_LAST, TILE, CHANNELS)
     else:
-        place = (image * C + channel)[None, :] * height * width
-        place += (row.to(tl.int64) * width + column)[:, None]
-    inside = (row < height) & (column < width)
-    if C % CHANNELS == 0:
-        tl.store(output + place, total.to(output.dtype.element_ty), mask=inside[:, None])
-    else:
-        mask = inside[:, None] & (channel < C)[None, :]
-        tl.store(output + place, total.to(output.dtype.element_ty), mask=mask)
+        slot, segments = tl.load(slots + tl.program_id(0)), tl.cdiv(count, walked)
+        for first_pixel in range(0, TILE * TILE, PIXELS):
+            pixel = first_pixel + tl.arange(0, PIXELS)
+            total = sum_of_segments(workspace, slot, segments, pixel, channel, C, COMPUTE, TILE, PIXELS, CHANNELS)
+            _store(output, total, pixel, tile, channel, C, CHANNELS_LAST, TILE, CHANNELS)
 
 
 # Triton 3.6 interprets a bfloat16 product wrongly.
@@ -292,6 +217,20 @@ def launch_roi_align_backward(
         "WINDOW": WINDOW,
         "enable_fp_fusion": False,
     }
+    sums = {
+        "C": channels,
+        "REDUCTION": spec.reduction,
+        "SEGMENT": SEGMENT,
+        "CHANNELS": block,
+        "PRODUCT": _PRODUCT_DTYPE[grad.dtype],
+        "PRECISION": "tf32x3" if grad.dtype == torch.float32 and target_backend() == "cuda" else "ieee",
+        "num_warps": NUM_WARPS,
+        "num_stages": NUM_STAGES,
+    }
+    segments = MAX_SEGMENTS if entries > SEGMENT else 0  # shorter lists are never split
+    workspace = torch.empty(segments * TILE * TILE * channels, dtype=boxes.dtype, device=boxes.device)
+    slots, length = torch.empty_like(counts), counts.new_empty(1)
+    blocks = ceil_div(channels, block)
     for first_tile in range(0, tiles, step):
         in_launch = min(step, tiles - first_tile)
         with on_device_of(boxes):
@@ -309,23 +248,18 @@ def launch_roi_align_backward(
                 num_warps=LIST_WARPS,
                 **pyramid,
             )
-            _roi_align_backward_kernel[(in_launch, ceil_div(channels, block))](
-                grad,
-                boxes,
-                argmax,
-                windows,
-                starts,
-                counts,
+            lists = (grad, boxes, argmax, windows, starts, counts, workspace, slots, length)
+            if segments:
+                segment_sums_kernel[(segments, blocks)](
+                    *lists, num_tiles=in_launch, first_tile=first_tile, STEP=TILES_PER_STEP, **sums, **pyramid
+                )
+            _roi_align_backward_kernel[(in_launch, blocks)](
+                *lists,
                 tuple(grads),
                 first_tile=first_tile,
-                C=channels,
-                REDUCTION=spec.reduction,
                 CHANNELS_LAST=channels_last,
-                CHANNELS=block,
-                PRODUCT=_PRODUCT_DTYPE[grad.dtype],
-                PRECISION="tf32x3" if grad.dtype == torch.float32 and target_backend() == "cuda" else "ieee",
-                num_warps=NUM_WARPS,
-                num_stages=NUM_STAGES,
+                PIXELS=PIXELS_PER_STEP,
+                **sums,
                 **pyramid,
             )
     return grads
