@@ -77,7 +77,8 @@ def sum_windows(
     tile_row, tile_column = tile.row + tl.arange(0, TILE), tile.column + tl.arange(0, TILE)
     for at in range(count):
         window = tl.load(windows + at)
-        k, p, q = window // (PH * PW), window % (PH * PW) // PW, window % PW
+        k, bin_row = window // (PH * PW), window // PW
+        p, q = bin_row - k * PH, window - bin_row * PW
         x1, y1, x2, y2 = scaled_box(boxes + k.to(tl.int64) * 5, scale, ALIGNED)
         if REDUCTION == "max":
             pixel = tl.arange(0, TILE * TILE)
