@@ -37,6 +37,7 @@ from benchmarks.harness.workloads import ADVERSARIAL, C4, DTYPES, IMAGE, LAYOUTS
 from benchmarks.reporting.results import FASTMASK
 from fastmask.kernels.roi_align.op import RoIAlignSpec
 from fastmask.kernels.roi_align.reference import roi_align_reference
+from tests.oracles import roi_align_backward
 from tests.oracles.roi_align import check_large_map, draw_boxes, draw_pyramid
 
 SAMPLES = 2  # torchvision's default
@@ -276,10 +277,15 @@ OPERATOR = Operator(
         for images, boxes, bins in ((1, 1000, 7), (1, 100, 14), (2, 1024, 7), (2, 256, 14))
     },
     limits={
-        "_list_boxes_kernel": {"cuda": Limit(32), "hip": Limit(40)},
-        "_roi_align_backward_kernel": {
-            "cuda": Limit(232, wide_loads=True, wide_stores=True),
+        "_list_boxes_by_level_kernel": {"cuda": Limit(48), "hip": Limit(48)},
+        "list_windows_kernel": {"cuda": Limit(64), "hip": Limit(64)},
+        "segment_sums_kernel": {
+            "cuda": Limit(224, wide_loads=True, wide_stores=True),
             "hip": Limit(152, wide_loads=True),
+        },
+        "_roi_align_backward_kernel": {
+            "cuda": Limit(208, wide_loads=True, wide_stores=True),
+            "hip": Limit(200, wide_loads=True),
         },
         "_roi_align_forward_kernel": {
             "cuda": Limit(168, wide_loads=True, wide_stores=True),
@@ -288,4 +294,5 @@ OPERATOR = Operator(
     },
     check_random=_check_random,
     check_large=partial(check_large_map, fastmask.roi_align),
+    variants=roi_align_backward.VARIANTS,
 )

@@ -31,7 +31,11 @@ def check_mean(
 ):  # fmt: skip
     """The gradient of the mean, without its forward."""
     images = 1 if len(sizes) == 1 else 2
-    boxes = draw_boxes(5, images, 48, seed=pooled[1] + 7 * ratio) if boxes is None else boxes
+    boxes = (
+        draw_boxes(3 if pooled[0] * pooled[1] > 64 else 5, images, 48, seed=pooled[1] + 7 * ratio)
+        if boxes is None
+        else boxes
+    )
     boxes = boxes.double() if dtype == torch.float64 else boxes
     scales = SCALES[: len(sizes)]
     level_of = [int(area >= 24**2 and len(sizes) > 1) for area in (boxes[:, 3:] - boxes[:, 1:3]).double().prod(1)]
@@ -78,14 +82,17 @@ def with_constants(check, device, **constants):
 
 def check_long_level_lists(device):
     """More boxes than a step of either kernel that lists them."""
-    boxes = draw_boxes(300, 1, 48, seed=3)
+    boxes = draw_boxes(70, 1, 30, seed=3)
     boxes[:, 3:] = boxes[:, 1:3] + 3
-    with mock.patch.object(level_lists, "BOXES_PER_STEP", 128):
-        check_mean(device, boxes=boxes, pooled=(1, 1), sizes=[(13, 10)])
+    with (
+        mock.patch.object(level_lists, "BOXES_PER_STEP", 32),
+        mock.patch.multiple(backward, BOXES_PER_STEP=32, MAX_SEGMENTS=2),
+    ):
+        check_mean(device, boxes=boxes, pooled=(1, 1), sizes=[(8, 9)])
 
 
 VARIANTS = {
-    "backward, float32": check_mean,
+    "backward, float32": partial(check_mean, sizes=[(9, 8)]),
     "backward, float32, NCHW": partial(check_mean, layout=NCHW),
     "backward, float32, several channel blocks": partial(check_mean, channels=90, pooled=(2, 3)),
     "backward, float16": partial(check_mean, dtype=torch.float16, aligned=True),
@@ -103,8 +110,8 @@ VARIANTS = {
     "backward, one sample": partial(check_mean, ratio=1, pooled=(3, 20)),
     "backward, three samples": partial(check_mean, ratio=3, pooled=(5, 2), aligned=True),
     "backward, four samples": partial(check_mean, ratio=4, pooled=(1, 1)),
-    "backward, masks": partial(check_mean, pooled=(14, 14), sizes=[(9, 13)], dtype=torch.bfloat16),
-    "backward, 70 columns": partial(check_mean, pooled=(1, 70), ratio=1, sizes=[(9, 13)]),
+    "backward, masks": partial(check_mean, pooled=(14, 14), sizes=[(9, 8)], dtype=torch.bfloat16),
+    "backward, 70 columns": partial(check_mean, pooled=(1, 70), ratio=1, sizes=[(8, 9)]),
     "backward, maximum": check_max,
     "backward, maximum, adaptive, float64, NCHW": partial(check_max, dtype=torch.float64, layout=NCHW, ratio=0),
     "backward, long lists of a level": check_long_level_lists,
@@ -113,17 +120,18 @@ VARIANTS = {
     ),
     "backward, crowd": partial(
         with_constants,
-        partial(check_mean, pooled=(2, 2), sizes=[(9, 10), (5, 5)], boxes=one_spot(20)),
+        partial(check_mean, pooled=(2, 2), sizes=[(9, 10), (5, 5)], boxes=one_spot(12)),
         SEGMENT=4,
+        MAX_SEGMENTS=32,
         TILES_PER_STEP=4,
     ),
     "backward, bfloat16, crowd, too few slots": partial(
         with_constants,
-        partial(check_mean, dtype=torch.bfloat16, pooled=(5, 2), sizes=[(9, 10), (5, 5)], boxes=one_spot(20)),
+        partial(check_mean, dtype=torch.bfloat16, pooled=(5, 2), sizes=[(9, 10), (5, 5)], boxes=one_spot(12)),
         SEGMENT=4,
         MAX_SEGMENTS=7,
     ),
     "backward, maximum, crowd": partial(
-        with_constants, partial(check_max, dtype=torch.float64, count=12), SEGMENT=3
+        with_constants, partial(check_max, dtype=torch.float64, count=5), SEGMENT=2, MAX_SEGMENTS=6
     ),
 }  # fmt: skip

@@ -47,24 +47,29 @@ from fastmask.kernels.roi_align.long_lists import (
 )
 from fastmask.kernels.roi_align.tile_lists import (
     BOXES_PER_STEP,
+    LIST_WARPS,
     TILE,
     WINDOW,
     list_windows_kernel,
     tile_at,
 )
 from fastmask.kernels.roi_align.windows import sum_windows
-from fastmask.kernels.roi_align.tile_lists import (
-    NUM_WARPS as LIST_WARPS,
-)
 
 if TYPE_CHECKING:
     from fastmask.kernels.roi_align.op import PyramidShape, RoIAlignSpec
 
-CHANNELS_PER_PROGRAM = {2: 256, 4: 64, 8: 32}  # by the bytes of an element
+# By the bytes of an element. Half precision takes 256 channels, 128 sums per thread, where all programs have as many and
+# the gradient is channels_last, because a program builds the weights of a window once: 4 warps take 1,050 instructions per
+# window, 8 warps 1,800. Otherwise the masks and addresses of that many sums are spilled. Not yet measured on a GPU.
+CHANNELS_PER_PROGRAM = {2: 64, 4: 64, 8: 32}
+MANY_CHANNELS = 256
 # Windows in the lists of all tiles together, in one set of launches; more take several.
 MAX_LIST_ENTRIES = 1 << 25
 NUM_WARPS = 4
 NUM_STAGES = 3
+# With 168 registers per thread three programs share an SM, with the 186 that the compiler takes only two. From sm_90 on
+# that needs no spills for a fixed number of samples; on sm_80 it does.
+MAX_REGISTERS = 168
 
 
 @jit()
@@ -178,6 +183,21 @@ _PRODUCT_DTYPE = triton and {
 }
 
 
+def _channels_per_program(grad: Tensor, channels_last: bool) -> int:
+    channels = grad.shape[1]
+    if grad.element_size() == 2 and channels_last and channels % MANY_CHANNELS == 0:
+        return MANY_CHANNELS
+    return min(CHANNELS_PER_PROGRAM[grad.element_size()], max(next_power_of_2(channels), 16))
+
+
+def _register_limit(spec: RoIAlignSpec, block: int) -> dict[str, int]:
+    """Triton's option `maxnreg`, where `MAX_REGISTERS` is enough."""
+    if target_backend() != "cuda" or block != MANY_CHANNELS:
+        return {}
+    hopper = triton.runtime.driver.active.get_current_target().arch >= 90
+    return {"maxnreg": MAX_REGISTERS} if hopper and spec.reduction == "mean" and 0 < spec.sampling_ratio <= 3 else {}
+
+
 def launch_roi_align_backward(
     grad: Tensor, boxes: Tensor, argmax: Tensor, shape: PyramidShape, channels_last: bool, spec: RoIAlignSpec
 ) -> list[Tensor]:
@@ -188,7 +208,7 @@ def launch_roi_align_backward(
     tiles = sum(per_image) * shape.num_images
     if not tiles or not channels:
         return grads
-    block = min(CHANNELS_PER_PROGRAM[grad.element_size()], max(next_power_of_2(channels), 16))
+    block = _channels_per_program(grad, channels_last)
     boxes = boxes.contiguous()
     grad = grad.contiguous(memory_format=torch.channels_last)
     argmax = argmax.contiguous(memory_format=torch.channels_last)
@@ -259,6 +279,7 @@ def launch_roi_align_backward(
                 first_tile=first_tile,
                 CHANNELS_LAST=channels_last,
                 PIXELS=PIXELS_PER_STEP,
+                **_register_limit(spec, block),
                 **sums,
                 **pyramid,
             )

@@ -42,7 +42,7 @@ def _segment_length(counts, num_tiles, segments, SEGMENT: tl.constexpr, STEP: tl
 
 @jit()
 def _find_segment(segment, counts, num_tiles, length, STEP: tl.constexpr):
-    """The tile of a segment, its number among the segments of the tile, and its windows; 0 if there is no such segment."""
+    """The tile of a segment, its number in the tile, and its number of windows: 0 if there is no such segment."""
     found, number, windows, before = 0, 0, 0, 0
     for first in range(0, num_tiles, STEP):
         tile, count = _counts_from(counts, first, num_tiles, STEP)

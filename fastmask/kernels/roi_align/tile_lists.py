@@ -16,9 +16,11 @@ from fastmask.kernels.roi_align.geometry import finite_box, scaled_box, size_of
 
 TILE = 8
 WINDOW = 4
-# One warp lists the windows of a tile, 4 boxes per thread; a level of an image has about 130 boxes in training.
-BOXES_PER_STEP = 128
-NUM_WARPS = 1
+# One warp lists the windows of a tile, 2 boxes per thread. About 2 of the 260 boxes on P2 of an image reach a tile; a step
+# without any takes a quarter of the instructions. sm_90: 54 registers; 128 boxes per step need 89 registers and 2.3 times
+# the instructions. Not yet measured on a GPU.
+BOXES_PER_STEP = 64
+LIST_WARPS = 1
 
 
 class Tile(NamedTuple):
@@ -54,31 +56,42 @@ def tile_at(tile, sizes, num_images, TILE: tl.constexpr):
 
 
 @jit()
-def _bins_reaching(
-    start, end, first, BINS: tl.constexpr, RATIO: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr
-):
-    """Bins first .. last - 1 of boxes, outside of which no sample touches pixels first .. first + TILE - 1.
-
-    The samples of bin p are at start + (p + h) * bin or later, and at start + (p + 1 - h) * bin or earlier, where h is
-    half a sample's share of the bin. A sample within a pixel of the tile touches it. The slack, in pixels, is more than
-    rounding moves a sample and the quotients here. Boxes whose bins are too small or too large for that have all bins.
-    """
+def _extent_of(start, end, first, ALIGNED: tl.constexpr):
+    """Size of boxes along an axis, and a slack in pixels: more than rounding moves samples and the quotients below."""
     size = end - start
     if not ALIGNED:
         size = tl.maximum(size, 1.0)
+    return size, 1.0 / 64 + (tl.abs(start) + tl.abs(size) + first) * (1.0 / (1 << 18))
+
+
+@jit()
+def _reaches(start, end, first, ALIGNED: tl.constexpr, TILE: tl.constexpr):
+    """Whether samples of boxes can touch pixels first .. first + TILE - 1."""
+    size, slack = _extent_of(start, end, first, ALIGNED)
+    low, high = tl.minimum(start, start + size) - slack, tl.maximum(start, start + size) + slack
+    return (low <= first + TILE) & (high >= first - 1)
+
+
+@jit()
+def _bins_reaching(
+    start, end, first, BINS: tl.constexpr, RATIO: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr
+):
+    """A range of bins: no others have samples that touch pixels first .. first + TILE - 1.
+
+    The samples of bin p are at start + (p + h) * bin or later, and at start + (p + 1 - h) * bin or earlier, where h is
+    half a sample's share of the bin. A sample within a pixel of the tile touches it. Boxes whose bins are too small or
+    too large for the quotients have all bins.
+    """
+    size, slack = _extent_of(start, end, first, ALIGNED)
     bin = divide_by_constant(size, BINS)
     regular = (bin > 1e-6) & (bin < 1e9)
     inverse = 1.0 / tl.where(regular, bin, 1.0)
-    slack = 1.0 / 64 + (tl.abs(start) + tl.abs(size) + first) * (1.0 / (1 << 18))
     HALF: tl.constexpr = 0.5 / RATIO if RATIO > 0 else 0.0
     low = tl.floor((first - 1 - slack - start) * inverse - (1 - HALF)) + 1
     high = tl.ceil((first + TILE + slack - start) * inverse - HALF)
     low = tl.minimum(tl.maximum(low, 0.0), BINS).to(tl.int32)
     high = tl.minimum(tl.maximum(high, 0.0), BINS).to(tl.int32)
-    reaches = (tl.maximum(start, start + size) + 1 + slack >= first) & (
-        tl.minimum(start, start + size) - slack <= first + TILE
-    )
-    return tl.where(regular, low, 0), tl.where(reaches, tl.where(regular, high, BINS), 0)
+    return tl.where(regular, low, 0), tl.where(regular, high, BINS)
 
 
 @jit(do_not_specialize=["num_boxes", "num_images", "first_tile", "max_tiles"])
@@ -134,17 +147,19 @@ def list_windows_kernel(
         entry = at + tl.arange(0, STEP)
         k = tl.load(by_level + entry, mask=entry < num_listed, other=0)
         x1, y1, x2, y2 = scaled_box(boxes + k.to(tl.int64) * 5, scale, ALIGNED)
-        p, end_p = _bins_reaching(y1, y2, tile.row, PH, RATIO, ALIGNED, TILE)
-        q, end_q = _bins_reaching(x1, x2, tile.column, PW, RATIO, ALIGNED, TILE)
-        hit = (entry < num_listed) & finite_box(x1, y1, x2, y2) & (p < end_p) & (q < end_q)
-        down = tl.where(hit, tl.cdiv(end_p - p, WINDOW), 0)
-        across = tl.where(hit, tl.cdiv(end_q - q, WINDOW), 0)
-        place = count + tl.cumsum(down * across, 0) - down * across
-        bin = (k.to(windows.dtype.element_ty) * PH + p) * PW + q
-        for i in range(tl.max(down, 0)):
-            for j in range(tl.max(across, 0)):
-                window = bin + (i * PW + j) * WINDOW
-                tl.store(windows + place + i * across + j, window, mask=(i < down) & (j < across))
-        count += tl.sum(down * across, 0)
+        hit = (entry < num_listed) & finite_box(x1, y1, x2, y2)
+        hit &= _reaches(y1, y2, tile.row, ALIGNED, TILE) & _reaches(x1, x2, tile.column, ALIGNED, TILE)
+        if tl.max(hit.to(tl.int32), 0) > 0:
+            p, end_p = _bins_reaching(y1, y2, tile.row, PH, RATIO, ALIGNED, TILE)
+            q, end_q = _bins_reaching(x1, x2, tile.column, PW, RATIO, ALIGNED, TILE)
+            down = tl.where(hit, tl.cdiv(tl.maximum(end_p - p, 0), WINDOW), 0)
+            across = tl.where(hit, tl.cdiv(tl.maximum(end_q - q, 0), WINDOW), 0)
+            place = count + tl.cumsum(down * across, 0) - down * across
+            bin = (k.to(windows.dtype.element_ty) * PH + p) * PW + q
+            for i in range(tl.max(down, 0)):
+                for j in range(tl.max(across, 0)):
+                    window = bin + (i * PW + j) * WINDOW
+                    tl.store(windows + place + i * across + j, window, mask=(i < down) & (j < across))
+            count += tl.sum(down * across, 0)
     tl.store(starts + tl.program_id(0), start)
     tl.store(counts + tl.program_id(0), count)

@@ -1,7 +1,10 @@
 """The sum of a tile of pixels over windows of bins: the inner loop of RoIAlign's gradient.
 
-Compiled for sm_90 with 256 channels of bfloat16: 268 instructions per window and warp, 189 registers. Of the 4 x 4 bins
-of a window 3.6 x 3.6 reach the tile on average. Not yet measured on a GPU.
+Four warps and 256 channels of bfloat16 compile to one matrix product of 64 pixels, 256 channels and 16 bins per window
+on sm_90, with weights computed once for all channels: 262 instructions per window and warp, with the loads of the next
+window. The training batch of `benchmarks/bench_roi_align.py` has 12,300 windows of 4 x 4 bins, and would have 10,800 of
+4 x 8 or 9,700 of 8 x 8; a larger window reads and multiplies more bins that do not reach the tile. Not yet measured on
+a GPU.
 """
 
 from __future__ import annotations
@@ -11,25 +14,27 @@ from fastmask.kernels.roi_align.geometry import axis_of, divide_by_grid, positio
 
 
 @jit()
-def _sample_weights(axis, sample, pixel, RATIO: tl.constexpr):
-    """Bilinear weights `[pixels, samples]` along an axis, of one sample of each of its bins."""
+def _sample_weights(axis, sample, first, offset, RATIO: tl.constexpr):
+    """Bilinear weights `[pixels, samples]` along an axis, of one sample of each of its bins, at pixels first + offset.
+
+    Differences of integers and positions near the tile are exact. A sample that is not inside is moved away from it.
+    """
     position, inside = position_of(axis, sample, RATIO)
-    # A sample that is not inside is moved to where no pixel is near.
-    position = tl.where(inside, position, -4.0)
-    return tl.maximum(1 - tl.abs(position[None, :] - pixel[:, None]), 0.0)
+    position = tl.where(inside, position - first, -4.0)
+    return tl.maximum(1 - tl.abs(position[None, :] - offset[:, None]), 0.0)
 
 
 @jit()
-def _axis_weights(axis, exists, pixel, RATIO: tl.constexpr):
+def _axis_weights(axis, exists, first, offset, RATIO: tl.constexpr):
     """W `[pixels, bins]` along one axis, not divided by the bin's number of samples."""
-    weights = _sample_weights(axis, 0, pixel, RATIO)
+    weights = _sample_weights(axis, 0, first, offset, RATIO)
     if RATIO > 0 and RATIO <= 3:
         for i in tl.static_range(1, RATIO):
-            weights += _sample_weights(axis, i, pixel, RATIO)
+            weights += _sample_weights(axis, i, first, offset, RATIO)
     else:
         weights = tl.where((axis.visited > 0)[None, :], weights, 0.0)
         for i in range(1, tl.max(tl.where(exists, axis.visited, 0.0), 0).to(tl.int32)):
-            weights += tl.where((i < axis.visited)[None, :], _sample_weights(axis, i, pixel, RATIO), 0.0)
+            weights += tl.where((i < axis.visited)[None, :], _sample_weights(axis, i, first, offset, RATIO), 0.0)
     return weights
 
 
@@ -41,11 +46,11 @@ def _outer_product(weight_y, weight_x):
 
 
 @jit()
-def _add_winner(total, grad_bin, winner, rows, columns, row, column, RATIO: tl.constexpr):
+def _add_winner(total, grad_bin, winner, rows, columns, tile, pixel, TILE: tl.constexpr, RATIO: tl.constexpr):
     """`total` and the gradient of one bin, which goes to the sample that won it, of each channel."""
     across = tl.maximum(columns.visited.to(tl.int32), 1)
-    weight = _sample_weights(rows, winner // across, row, RATIO)
-    weight *= _sample_weights(columns, winner % across, column, RATIO)
+    weight = _sample_weights(rows, winner // across, tile.row, pixel // TILE, RATIO)
+    weight *= _sample_weights(columns, winner % across, tile.column, pixel % TILE, RATIO)
     return total + weight * grad_bin[None, :]
 
 
@@ -74,7 +79,6 @@ def sum_windows(
 ):
     """The gradient `[pixels, channels]` of a tile from the first `count` of `windows`."""
     total = tl.zeros((TILE * TILE, CHANNELS), COMPUTE)
-    tile_row, tile_column = tile.row + tl.arange(0, TILE), tile.column + tl.arange(0, TILE)
     for at in range(count):
         window = tl.load(windows + at)
         k, bin_row = window // (PH * PW), window // PW
@@ -82,7 +86,6 @@ def sum_windows(
         x1, y1, x2, y2 = scaled_box(boxes + k.to(tl.int64) * 5, scale, ALIGNED)
         if REDUCTION == "max":
             pixel = tl.arange(0, TILE * TILE)
-            row, column = tile.row + pixel // TILE, tile.column + pixel % TILE
             for bin in range(WINDOW * WINDOW):
                 bin_p, bin_q = p + bin // WINDOW, q + bin % WINDOW
                 if (bin_p < PH) & (bin_q < PW):
@@ -91,7 +94,7 @@ def sum_windows(
                     place = ((k.to(tl.int64) * PH + bin_p) * PW + bin_q) * C + channel
                     grad_bin = tl.load(grad + place, mask=channel < C, other=0.0).to(COMPUTE)
                     winner = tl.load(argmax + place, mask=channel < C, other=0)
-                    total = _add_winner(total, grad_bin, winner, rows, columns, row, column, RATIO)
+                    total = _add_winner(total, grad_bin, winner, rows, columns, tile, pixel, TILE, RATIO)
         else:
             bin = tl.arange(0, WINDOW * WINDOW)
             inside = ((p + bin // WINDOW < PH) & (q + bin % WINDOW < PW))[:, None]
@@ -102,8 +105,8 @@ def sum_windows(
             bin_rows, bin_columns = p + tl.arange(0, WINDOW), q + tl.arange(0, WINDOW)
             rows = axis_of(y1, y2, bin_rows.to(COMPUTE), tile.height, PH, RATIO, ALIGNED)
             columns = axis_of(x1, x2, bin_columns.to(COMPUTE), tile.width, PW, RATIO, ALIGNED)
-            weight_y = _axis_weights(rows, bin_rows < PH, tile_row, RATIO)
-            weight_x = _axis_weights(columns, bin_columns < PW, tile_column, RATIO)
+            weight_y = _axis_weights(rows, bin_rows < PH, tile.row, tl.arange(0, TILE), RATIO)
+            weight_x = _axis_weights(columns, bin_columns < PW, tile.column, tl.arange(0, TILE), RATIO)
             if RATIO > 0:
                 weight_x = divide_by_constant(weight_x, RATIO * RATIO)
             else:
