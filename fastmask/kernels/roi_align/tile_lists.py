@@ -16,9 +16,9 @@ from fastmask.kernels.roi_align.geometry import finite_box, scaled_box, size_of
 
 TILE = 8
 WINDOW = 4
-# One warp lists the windows of a tile, 2 boxes per thread. About 2 of the 260 boxes on P2 of an image reach a tile; a step
-# without any takes a quarter of the instructions. sm_90: 54 registers; 128 boxes per step need 89 registers and 2.3 times
-# the instructions. Not yet measured on a GPU.
+# One warp lists the windows of a tile, 2 boxes per thread. About 2 of the 260 boxes on P2 of an image reach a tile; a
+# step without any takes a quarter of the instructions. sm_90: 54 registers; 128 boxes per step need 89 registers and
+# 2.3 times the instructions. Not yet measured on a GPU.
 BOXES_PER_STEP = 64
 LIST_WARPS = 1
 
