@@ -4,8 +4,8 @@ from functools import partial
 from unittest import mock
 
 import torch
-import torchvision
 
+from benchmarks.harness.pooling import torchvision_ops
 from fastmask import multiscale_roi_align
 from fastmask.kernels import _level_lists as level_lists
 from fastmask.kernels.roi_align import backward
@@ -41,7 +41,7 @@ def check_mean(
     level_of = [int(area >= 24**2 and len(sizes) > 1) for area in (boxes[:, 3:] - boxes[:, 1:3]).double().prod(1)]
     g = torch.Generator().manual_seed(1)
     grad = torch.randn(len(boxes), channels, *pooled, generator=g).to(dtype, memory_format=layout)
-    spec = RoIAlignSpec(*pooled, scales, ratio, aligned, "mean", canonical_box_size=24, canonical_level=3)
+    spec = RoIAlignSpec(pooled[0], pooled[1], scales, ratio, aligned, "mean", canonical_box_size=24, canonical_level=3)
     no_argmax = torch.empty(0, 0, 0, 0, dtype=torch.int32, device=device)
     shape = [images, *(side for size in sizes for side in size)]
     grads = torch.ops.fastmask.roi_align_backward(
@@ -64,7 +64,7 @@ def check_max(device, dtype=torch.float32, layout=LAST, *, ratio=2, count=4):
     feature = feature.to(dtype).double()
     boxes = boxes.to(dtype).double()
     exact = feature.clone().requires_grad_()
-    split = torchvision.ops.roi_align(exact, boxes, 2 * grid, 0.25, 1)  # bins of one sample, whose mean is the sample
+    split = torchvision_ops.roi_align(exact, boxes, 2 * grid, 0.25, 1)  # bins of one sample, whose mean is the sample
     grad = torch.randn(count, 5, 2, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     grad = grad.to(dtype).double()
     expected = torch.autograd.grad(split.unfold(2, grid, grid).unfold(3, grid, grid).amax((-1, -2)), exact, grad)[0]

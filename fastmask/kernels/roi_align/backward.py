@@ -58,7 +58,7 @@ from fastmask.kernels.roi_align.windows import sum_windows
 if TYPE_CHECKING:
     from fastmask.kernels.roi_align.op import PyramidShape, RoIAlignSpec
 
-# By the bytes of an element. Half precision takes 256 channels, 128 sums per thread, where the gradient is channels_last
+# By the bytes of an element. Half precision takes 256 channels, 128 sums per thread, where gradients are channels_last
 # and all programs have 256: one program then builds the weights of a window, and 4 warps take 1,050 instructions per
 # window, 8 warps 1,800. Elsewhere the masks and addresses of so many sums are spilled. Not yet measured on a GPU.
 CHANNELS_PER_PROGRAM = {2: 64, 4: 64, 8: 32}

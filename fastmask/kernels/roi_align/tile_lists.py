@@ -131,14 +131,14 @@ def list_windows_kernel(
     scale = float_of(scale, COMPUTE)
 
     row = tile.image * len(sizes) + tile.level
-    before = 0
+    before = tl.zeros((STEP,), tl.int32)
     for first in range(0, row, STEP):
         other = first + tl.arange(0, STEP)
-        before += tl.sum(tl.load(level_counts + other, mask=other < row, other=0), 0)
+        before += tl.load(level_counts + other, mask=other < row, other=0)
     num_listed = tl.load(level_counts + row)
     PER_BOX: tl.constexpr = ((PH + WINDOW - 1) // WINDOW) * ((PW + WINDOW - 1) // WINDOW)
     in_launch = (number - tl.maximum(tile.first, first_tile)).to(tl.int64)
-    start = (before.to(tl.int64) * max_tiles + in_launch * num_listed) * PER_BOX
+    start = (tl.sum(before, 0).to(tl.int64) * max_tiles + in_launch * num_listed) * PER_BOX
     windows += start
     by_level += row.to(tl.int64) * num_boxes
 
