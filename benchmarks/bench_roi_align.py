@@ -277,15 +277,15 @@ OPERATOR = Operator(
         for images, boxes, bins in ((1, 1000, 7), (1, 100, 14), (2, 1024, 7), (2, 256, 14))
     },
     limits={
-        "_list_boxes_by_level_kernel": {"cuda": Limit(48), "hip": Limit(48)},
-        "list_windows_kernel": {"cuda": Limit(64), "hip": Limit(64)},
+        "_list_boxes_by_level_kernel": {"cuda": Limit(48), "hip": Limit(40)},
+        "list_windows_kernel": {"cuda": Limit(64), "hip": Limit(40)},
         "segment_sums_kernel": {
             "cuda": Limit(224, wide_loads=True, wide_stores=True),
-            "hip": Limit(152, wide_loads=True),
+            "hip": Limit(144, wide_loads=True),
         },
         "_roi_align_backward_kernel": {
             "cuda": Limit(208, wide_loads=True, wide_stores=True),
-            "hip": Limit(200, wide_loads=True),
+            "hip": Limit(192, wide_loads=True),
         },
         "_roi_align_forward_kernel": {
             "cuda": Limit(168, wide_loads=True, wide_stores=True),
