@@ -38,7 +38,7 @@ from benchmarks.harness.workloads import ADVERSARIAL, C4, DTYPES, IMAGE, LAYOUTS
 from benchmarks.reporting.results import FASTMASK
 from fastmask.kernels.roi_align.op import RoIAlignSpec
 from fastmask.kernels.roi_align.reference import roi_align_reference
-from tests.oracles import roi_align_box_gradient, roi_align_forward
+from tests.oracles import roi_align_backward, roi_align_box_gradient, roi_align_forward
 from tests.oracles.roi_align import check_large_map, draw_boxes, draw_pyramid
 
 SAMPLES = 2  # torchvision's default
@@ -319,10 +319,15 @@ OPERATOR = Operator(
         for reduction, dtype in (("mean", "bfloat16"), ("mean", "float32"), ("max", "bfloat16"))
     },
     limits={
-        "_list_boxes_kernel": {"cuda": Limit(32), "hip": Limit(40)},
+        "_list_boxes_by_level_kernel": {"cuda": Limit(48), "hip": Limit(40)},
+        "list_windows_kernel": {"cuda": Limit(64), "hip": Limit(40)},
+        "segment_sums_kernel": {
+            "cuda": Limit(224, wide_loads=True, wide_stores=True),
+            "hip": Limit(144, wide_loads=True),
+        },
         "_roi_align_backward_kernel": {
-            "cuda": Limit(232, wide_loads=True, wide_stores=True),
-            "hip": Limit(152, wide_loads=True),
+            "cuda": Limit(208, wide_loads=True, wide_stores=True),
+            "hip": Limit(192, wide_loads=True),
         },
         "_roi_align_box_backward_kernel": {
             "cuda": Limit(128, wide_loads=True),
@@ -335,7 +340,7 @@ OPERATOR = Operator(
     },
     check_random=_check_random,
     check_large=partial(check_large_map, fastmask.roi_align),
-    variants=roi_align_forward.VARIANTS | roi_align_box_gradient.VARIANTS,
+    variants=roi_align_forward.VARIANTS | roi_align_backward.VARIANTS | roi_align_box_gradient.VARIANTS,
     models=model_roi_align.MODELS,
     targets=model_roi_align.TARGETS,
 )

@@ -43,12 +43,15 @@ def _forward(launch: Launch) -> Work:
     moved = Inputs(features, boxes, STRIDES).bytes("forward", outputs)
     covered = moved - outputs - sum(box.nbytes for box in boxes)
     settings = (a["PH"], a["PW"], a["RATIO"], a["ALIGNED"])
-    pixels, grid = _sampled(a["num_images"], len(a["boxes"]), _sizes(features), settings, a["BINS"])
+    bins = a["BINS"] * a["tiles_per_program"]
+    pixels, grid = _sampled(a["num_images"], len(a["boxes"]), _sizes(features), settings, bins)
     height, width = grid.unbind(1)
-    trips: Trips = {}
+    channel_blocks = -(-a["C"] // (a["LINES"] * a["CHANNELS"]))
+    tiles = -(-a["PH"] * a["PW"] // a["BINS"])
+    trips: dict[str, float | tuple[float, ...]] = {"tile": len(a["boxes"]) * channel_blocks * tiles / launch.programs}
     longest: Trips = {}
     if a["RATIO"] == 0:
-        trips = {"i": float(height.mean()), "j": float((height * width).mean() / height.mean())}
+        trips |= {"i": float(height.mean()), "j": float((height * width).mean() / height.mean())}
         most = int((height * width).argmax())
         longest = {"i": float(height[most]), "j": float(width[most])}
     return Work(

@@ -1,4 +1,4 @@
-"""Lists of boxes by image and level against the reference's choice of levels. Kernels only: there is no reference."""
+"""The lists of boxes by image and level against the reference's choice of levels. Only kernels use them."""
 
 import math
 
@@ -18,9 +18,8 @@ SCALES = [1 / 4, 1 / 8, 1 / 16, 1 / 32]
 def check_lists(count, images, levels, device):
     """Boxes that have no image, are not finite or have no level are in no list; the others are in theirs, in order."""
     boxes = draw_boxes(count, images, 600, seed=3)
-    for row, (column, value) in enumerate(
-        [(0, -1), (0, images), (0, math.nan), (1, math.nan), (3, math.inf), (3, -1e3)]
-    ):
+    unpooled = [(0, -1), (0, images), (0, math.nan), (1, math.nan), (3, math.inf), (3, -1e3)]
+    for row, (column, value) in enumerate(unpooled):
         boxes[row : row + 1, column] = value
     spec = RoIAlignSpec(7, 7, SCALES[:levels], 2, False, "mean")
     thresholds = spec.thresholds(boxes.dtype)

@@ -96,6 +96,21 @@ def test_long_lists_of_boxes_take_several_launches(device, monkeypatch):
     assert all(map(torch.equal, torch.autograd.grad(out.sum(), features), whole))
 
 
+@pytest.mark.parametrize("segments", [2, 16])
+def test_the_list_of_a_crowd_is_split_in_the_same_way_each_time(segments, device, monkeypatch):
+    (feature,) = draw_pyramid([(9, 8)], images=1, channels=2)
+    leaf = feature.to(device).requires_grad_()
+    boxes = torch.tensor([[0, 2.0, 3.0, 27.0, 21.0]], device=device).repeat(11, 1)
+    out = roi_align(leaf, boxes, 2, 0.25)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(5)).to(device)
+    (whole,) = torch.autograd.grad(out, leaf, grad, retain_graph=True)
+    monkeypatch.setattr(roi_align_backward, "SEGMENT", 3)
+    monkeypatch.setattr(roi_align_backward, "MAX_SEGMENTS", segments)
+    first, again = (torch.autograd.grad(out, leaf, grad, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, again)
+    torch.testing.assert_close(first, whole, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.reference_only
 @pytest.mark.parametrize("reduction", ["mean", "max"])
 @pytest.mark.parametrize("ratio", [2, 0])
