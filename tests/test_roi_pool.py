@@ -49,7 +49,7 @@ def test_matches_torchvision_bit_for_bit(device, shape, size, scale, dtype):
 def test_many_boxes_in_chunks_match_torchvision(monkeypatch):
     features, boxes = draw_features_and_boxes(3, 8, 40, 50, boxes=300, seed=0)
     assert_like_torchvision("cpu", features, boxes * torch.tensor([1.0, 16, 16, 16, 16]), (7, 7), 1 / 16)
-    monkeypatch.setattr(reference, "MAX_PIXELS", 1000)
+    monkeypatch.setattr(reference, "MAX_FEATURES", 1000)
     monkeypatch.setattr(reference, "MAX_GRADIENTS", 1000)
     assert_like_torchvision("cpu", features, boxes, (7, 7))
 
@@ -313,7 +313,7 @@ def test_pyramid_matches_torchvision_bit_for_bit(device, levels):
 @pytest.mark.reference_only
 def test_many_boxes_of_a_pyramid_in_chunks_match_torchvision(monkeypatch):
     features, boxes = draw_pyramid_and_boxes([(40, 50), (20, 25), (10, 13)], boxes=200, seed=3)
-    monkeypatch.setattr(reference, "MAX_PIXELS", 1000)
+    monkeypatch.setattr(reference, "MAX_FEATURES", 1000)
     monkeypatch.setattr(reference, "MAX_GRADIENTS", 1000)
     assert_pyramid_like_torchvision("cpu", features, boxes, (3, 3), [1 / 2, 1 / 4, 1 / 8], canonical_box_size=100)
 

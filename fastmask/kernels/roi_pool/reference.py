@@ -1,18 +1,16 @@
 """RoIPool in plain torch, forward and backward, for CPU tensors.
 
-Each image is a table of rows of C features: one for pixel -1, which wins empty bins, then one for each pixel. A bin is
-a bag of these rows, of which `_embedding_bag` finds the largest.
+A level is a table of N * H * W rows of C features. Bins of equal numbers of pixels are pooled together, as a tensor
+`[bins, pixels, C]` of rows: its maximum, and the first pixel that is equal to it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from fastmask.kernels._rois import image_indices
 from fastmask.kernels._runtime import compute_dtype
@@ -22,26 +20,20 @@ if TYPE_CHECKING:
     from fastmask.kernels.roi_align.op import PyramidShape
     from fastmask.kernels.roi_pool.op import RoIPoolSpec
 
-MAX_PIXELS = 1 << 18  # of all bins that are listed at a time: about 20 MB
+MAX_FEATURES = 1 << 19  # of the bins that are pooled at a time: 2 MB, which stay in cache
 MAX_GRADIENTS = 1 << 20  # that the backward scatters at a time: about 12 MB
 
 
 def roi_pool_reference(features: Sequence[Tensor], boxes: Tensor, spec: RoIPoolSpec) -> tuple[Tensor, Tensor]:
     """Pooled features, and which pixel of its level each is, or -1."""
     output, argmax = spec.empty_outputs(features, boxes)
+    rows = output.permute(0, 2, 3, 1).contiguous()  # memory of its own unless the output is channels_last
+    largest, winner = rows.zero_().flatten(0, 2), argmax.fill_(-1).permute(0, 2, 3, 1).flatten(0, 2)
     selected = _select_boxes(boxes, features[0].shape[0], spec)
-    if sum(map(len, selected)) < len(boxes):
-        output.zero_()
-        argmax.fill_(-1)
     for feature, scale, on_level in zip(features, spec.spatial_scales, selected, strict=True):
-        if len(on_level) == len(boxes):
-            _pool_level(feature, boxes, scale, spec, output, argmax)
-        elif len(on_level):
-            part = spec.empty_outputs([feature], boxes[on_level])
-            _pool_level(feature, boxes[on_level], scale, spec, *part)
-            output.index_copy_(0, on_level, part[0])
-            argmax.index_copy_(0, on_level, part[1])
-    return output, argmax
+        if len(on_level) and feature.numel():
+            _pool_level(feature, boxes, on_level, scale, spec, largest, winner)
+    return output.copy_(rows.permute(0, 3, 1, 2)) if rows.data_ptr() != output.data_ptr() else output, argmax
 
 
 def _select_boxes(boxes: Tensor, num_images: int, spec: RoIPoolSpec) -> list[Tensor]:
@@ -59,56 +51,73 @@ def _pieces(selected: Tensor, count: int, step: int) -> list[Tensor] | list[slic
 
 
 def _pool_level(
-    feature: Tensor, boxes: Tensor, scale: float, spec: RoIPoolSpec, output: Tensor, argmax: Tensor
+    feature: Tensor,
+    boxes: Tensor,
+    on_level: Tensor,
+    scale: float,
+    spec: RoIPoolSpec,
+    largest: Tensor,
+    winner: Tensor,
 ) -> None:
-    """Pool boxes from one level into `output` and `argmax`."""
+    """Write the rows of `largest` and `winner`, `[K * PH * PW, C]`, that belong to the boxes `on_level`."""
     num_images, channels, height, width = feature.shape
-    before = image_indices(boxes, num_images) * (height * width + 1)
+    boxes = boxes[on_level]
+    first_pixel = image_indices(boxes, num_images) * (height * width)
     x1, y1, roi_width, roi_height = quantise(boxes, scale)
     top, rows = bin_spans(y1, roi_height, spec.pooled_height, height, boxes.dtype)
     left, columns = bin_spans(x1, roi_width, spec.pooled_width, width, boxes.dtype)
-    corner = (before[:, None] + 1 + top * width)[:, :, None] + left[:, None, :]
-    table = _pixel_table(feature, lowest_feature(feature.dtype))
-    index_dtype = torch.int32 if len(table) < 2**31 else torch.int64  # int32 takes two thirds of the time
+    # Only features above the lowest win: not NaN, not -inf.
+    lowest = lowest_feature(feature.dtype)
+    table = feature.permute(0, 2, 3, 1).flatten(0, 2).to(compute_dtype(feature.dtype)).fmax(boxes.new_tensor(lowest))
+    has_lowest = bool((table <= lowest).any())
 
-    pixels = rows.sum(1) * columns.sum(1)
-    _, counts = torch.unique_consecutive(pixels.cumsum(0) // MAX_PIXELS, return_counts=True)
-    for begin, end in pairwise([0, *counts.cumsum(0).tolist()]):
-        k = slice(begin, end)
-        none = before[k, None, None].expand_as(corner[k]).flatten()
-        bin_columns = columns[k, None, :].expand_as(corner[k]).flatten()
-        bin_rows = rows[k, :, None].expand_as(corner[k]).flatten()
-        # A bag is pixel -1, then the bin's rows: a bag keeps its first row unless a later one is larger.
-        runs = bin_rows + 1
-        head = runs.cumsum(0) - runs
-        start = _runs(corner[k].flatten() - width, runs, width)
-        length = torch.repeat_interleave(bin_columns, runs)
-        start[head], length[head] = none, 1
-        members = _runs(start, length).to(index_dtype)
-        offsets = (length.cumsum(0) - length)[head].to(index_dtype)
-        largest, _, _, winner = torch.ops.aten._embedding_bag(table, members, offsets, mode=2)
-        largest[bin_rows * bin_columns == 0] = 0
-        winner -= (none + 1).to(index_dtype)[:, None]
-        bins = (end - begin, spec.pooled_height, spec.pooled_width, channels)
-        output[k] = largest.view(bins).permute(0, 3, 1, 2)
-        argmax[k] = winner.view(bins).permute(0, 3, 1, 2)
+    bins = spec.pooled_height * spec.pooled_width
+    place = (on_level[:, None] * bins + torch.arange(bins, device=boxes.device)).flatten()
+    corner = ((top * width)[:, :, None] + left[:, None, :]).flatten()
+    columns = columns[:, None, :].expand(-1, spec.pooled_height, -1).flatten()
+    size, order = (rows.repeat_interleave(spec.pooled_width, 1).flatten() * columns).sort(stable=True)
+    sizes, counts = size.unique_consecutive(return_counts=True)
+    for pixels, of_size in zip(sizes.tolist(), order.split(counts.tolist()), strict=True):
+        if not pixels:
+            continue
+        number = torch.arange(pixels, device=boxes.device)
+        for some in of_size.split(max(1, MAX_FEATURES // (pixels * channels))):
+            offset = number // columns[some, None] * width + number % columns[some, None]
+            pixel = offset + (corner[some] + first_pixel[some // bins])[:, None]
+            sampled = table.index_select(0, pixel.flatten()).view(len(some), pixels, channels)
+            maximum = sampled.amax(1)
+            first = _first_equal(sampled, maximum, offset).add_(corner[some, None])
+            if has_lowest:
+                first.masked_fill_(maximum == lowest, -1)
+            largest.index_copy_(0, place[some], maximum.to(largest.dtype))
+            winner.index_copy_(0, place[some], first.to(winner.dtype))
+
+
+def _first_equal(sampled: Tensor, maximum: Tensor, offset: Tensor) -> Tensor:
+    """The first of the rising `offset[n, m]` whose `sampled[n, m, C]`, which is overwritten, equals `maximum[n, C]`."""
+    limit = int(offset.max()) + 1
+    exact = sampled.dtype if limit < 2**24 else torch.float64
+    hit = torch.eq(sampled, maximum[:, None], out=sampled if exact == sampled.dtype else None).to(exact)
+    return limit - hit.mul_((limit - offset)[:, :, None]).amax(1).long()
 
 
 def roi_pool_backward_reference(
     grad: Tensor, boxes: Tensor, argmax: Tensor, shape: PyramidShape, channels_last: bool, spec: RoIPoolSpec
 ) -> list[Tensor]:
     """Add each gradient to its winner's row; on the CPU `scatter_add_` keeps the order of RoIs and bins."""
-    grads = shape.empty_features(grad, channels_last)
+    grads = []
     selected = _select_boxes(boxes, shape.num_images, spec)
     image = image_indices(boxes, shape.num_images)
     step = max(1, MAX_GRADIENTS // max(1, grad[:1].numel()))
-    for level, (height, width), on_level in zip(grads, shape.levels, selected, strict=True):
-        rows = (shape.num_images, height * width + 1, grad.shape[1])
-        table = grad.new_zeros(rows, dtype=compute_dtype(grad.dtype))
-        for k in _pieces(on_level, len(boxes), step):
-            values = grad[k].permute(0, 2, 3, 1).to(table.dtype).flatten(0, 2)
-            table.flatten(0, 1).scatter_add_(0, _winners(argmax[k], image[k], height * width), values)
-        level.copy_(table[:, 1:].unflatten(1, (height, width)).permute(0, 3, 1, 2))
+    for (height, width), on_level in zip(shape.levels, selected, strict=True):
+        rows = grad.new_zeros(shape.num_images, height, width, grad.shape[1], dtype=compute_dtype(grad.dtype))
+        table = rows.flatten(0, 2)
+        for k in _pieces(on_level, len(boxes), step) if len(table) else ():
+            values = grad[k].permute(0, 2, 3, 1).flatten(0, 2).to(table.dtype)
+            winner, won = _winners(argmax[k], image[k] * (height * width))
+            table.scatter_add_(0, winner, values if won is None else values.where(won, 0))
+        level = rows.permute(0, 3, 1, 2).to(grad.dtype)
+        grads.append(level if channels_last else level.contiguous())
     return grads
 
 
@@ -117,25 +126,22 @@ def gather_winners(features: Sequence[Tensor], boxes: Tensor, argmax: Tensor, sp
     num_images = features[0].shape[0]
     image = boxes[:, 0].nan_to_num(0).clamp(0, num_images - 1).long()  # outside the batch argmax is -1 anyway
     level = levels_of_boxes(boxes, spec)
-    gathered = features[0].new_zeros(len(argmax) * argmax[:1, 0].numel(), features[0].shape[1])
+    gathered = features[0].new_zeros(len(argmax), *argmax.shape[2:], features[0].shape[1]).flatten(0, 2)
     for index, feature in enumerate(features):
-        winner = argmax.where((level == index)[:, None, None, None], -1)
-        rows = _winners(winner, image, feature.shape[2] * feature.shape[3])
-        gathered += _pixel_table(feature, 0.0).gather(0, rows)
+        if not feature.numel():
+            continue
+        on_level = argmax.where((level == index)[:, None, None, None], -1)
+        winner, won = _winners(on_level, image * (feature.shape[2] * feature.shape[3]), check=False)
+        gathered += feature.permute(0, 2, 3, 1).flatten(0, 2).gather(0, winner).where(won, 0)
     return gathered.unflatten(0, (len(argmax), *argmax.shape[2:])).permute(0, 3, 1, 2)
 
 
-def _pixel_table(feature: Tensor, before: float) -> Tensor:
-    """`[N * (1 + H * W), C]`: of each image a row for pixel -1, filled with `before`, and one for each pixel."""
-    return pad(feature.permute(0, 2, 3, 1).flatten(1, 2), (0, 0, 1, 0), value=before).flatten(0, 1)
+def _winners(argmax: Tensor, first_pixel: Tensor, check: bool = True) -> tuple[Tensor, Tensor | None]:
+    """Rows of the level's table that argmax names, int64 `[K * PH * PW, C]`, 0 for none, and which there are.
 
-
-def _winners(argmax: Tensor, image: Tensor, pixels: int) -> Tensor:
-    """Rows of the pixel table that argmax names, int64 `[K * PH * PW, C]`."""
-    return (argmax.permute(0, 2, 3, 1) + (image * (pixels + 1) + 1)[:, None, None, None]).flatten(0, 2)
-
-
-def _runs(first: Tensor, count: Tensor, step: int = 1) -> Tensor:
-    """Concatenate the runs `first[i], first[i] + step, ...` of `count[i]` numbers."""
-    origin = torch.repeat_interleave(first - (count.cumsum(0) - count) * step, count)
-    return origin + torch.arange(len(origin), device=first.device) * step
+    With `check`, which synchronises, None stands for all of them.
+    """
+    winner = argmax.permute(0, 2, 3, 1)
+    won = None if check and not (winner < 0).any() else winner >= 0
+    row = (winner if won is None else winner.clamp(min=0)) + first_pixel[:, None, None, None]
+    return row.flatten(0, 2), None if won is None else won.flatten(0, 2)
