@@ -106,7 +106,8 @@ class RoIPool(nn.Module):
 
         Args:
             input: `[N, C, H, W]` features, floating.
-            rois: `[K, 5]` rows `(image, x1, y1, x2, y2)`, or a list of one `[L, 4]` per image, in image pixels.
+            rois: `[K, 5]` rows `(image, x1, y1, x2, y2)`, or a list of one `[L, 4]` per image, in image pixels. They
+                receive no gradient.
 
         Returns:
             `[K, C, PH, PW]` in the input's dtype and memory format.
@@ -150,7 +151,8 @@ class RoIWarp(nn.Module):
 
         Args:
             input: `[N, C, H, W]` features, floating.
-            rois: `[K, 5]` rows `(image, x1, y1, x2, y2)`, or a list of one `[L, 4]` per image, in image pixels.
+            rois: `[K, 5]` rows `(image, x1, y1, x2, y2)`, or a list of one `[L, 4]` per image, in image pixels. They
+                receive no gradient.
 
         Returns:
             `[K, C, PH, PW]` in the input's dtype and memory format.
