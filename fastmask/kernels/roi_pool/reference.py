@@ -33,7 +33,9 @@ def roi_pool_reference(features: Sequence[Tensor], boxes: Tensor, spec: RoIPoolS
     for feature, scale, on_level in zip(features, spec.spatial_scales, selected, strict=True):
         if len(on_level) and feature.numel():
             _pool_level(feature, boxes, on_level, scale, spec, largest, winner)
-    return output.copy_(rows.permute(0, 3, 1, 2)) if rows.data_ptr() != output.data_ptr() else output, argmax
+    if rows.data_ptr() != output.data_ptr():
+        output.copy_(rows.permute(0, 3, 1, 2))
+    return output, argmax
 
 
 def _select_boxes(boxes: Tensor, num_images: int, spec: RoIPoolSpec) -> list[Tensor]:
