@@ -10,8 +10,8 @@ B segments (images, pyramid levels), N boxes in each. A box is `(x1, y1, x2, y2)
 classes cannot overlap, changes IoUs by rounding. An IoU of NaN (two boxes without area, a NaN or infinite side)
 suppresses nothing.
 
-Segments of up to 2,048 boxes are sorted by counting (`rank.py`), longer ones, and float64 scores, by `torch.sort`. The size of the output
-then chooses one of two algorithms:
+Segments of up to 2,048 boxes are sorted by counting (`rank.py`), longer ones, and float64 scores, by `torch.sort`. The
+size of the output then chooses one of two algorithms:
 
 - Small (`scan.py`): one launch, one program per segment, which reads sorted boxes until the output is full.
 - Large (`bit_matrix.py`): the sorted boxes are processed in chunks. The whole device computes a chunk's bits of "row

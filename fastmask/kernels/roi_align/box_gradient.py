@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     from fastmask.kernels.roi_align.op import RoIAlignSpec
 
 # [bins x channels] of a program. Chosen by compiling, see docs/compile_report.md: a thread holds 16 bytes of each of
-# the four pixels, in 72 registers for the mean and 96 for the maximum (bfloat16, sm_90). With 8 bins it needs 128, and 168 for the maximum. Not yet
-# measured on a GPU.
+# the four pixels, in 72 registers for the mean and 96 for the maximum (bfloat16, sm_90). With 8 bins the mean needs
+# 128 and the maximum 168. Not yet measured on a GPU.
 BINS_PER_PROGRAM = 4
 CHANNELS_PER_PROGRAM = {2: 256, 4: 256, 8: 64}  # by the bytes of an element
 NUM_WARPS = 4
