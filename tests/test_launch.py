@@ -83,6 +83,41 @@ def test_numbers_and_settings(numbers, settings):
         assert_like_triton(driver, tensors(), numbers=numbers, settings=settings)
 
 
+@jit(do_not_specialize=["count"])
+def _scale_kernel(values, offset, out, count, factor, SIZE: tl.constexpr):
+    value = tl.load(values + tl.arange(0, SIZE))
+    if offset is not None:
+        value += tl.load(offset)
+    tl.store(out + tl.arange(0, SIZE), value * count * factor)
+
+
+@compiled
+def test_integers_and_none_among_the_arguments():
+    """The variant depends on the width of an integer and on what is None, not on the integer's value."""
+    values, out = torch.ones(16), torch.empty(16)
+    launch = Launch(_scale_kernel, 3, SIZE=16)
+
+    def variant(driver, offset, count):
+        arguments = values, offset, out, count
+        actual = launched(driver, lambda: launch((2,), *arguments))
+        expected = launched(driver, lambda: _scale_kernel[(2,)](*arguments, 3, SIZE=16))
+        assert actual[:METADATA] == expected[:METADATA]
+        assert actual[-6:] == expected[-6:] == (*arguments, 3, 16)
+        return actual[0]
+
+    with host_driver() as driver:
+        for offset in (None, torch.ones(1)):
+            for counts in ((0, 1, 16, 7, 2**31 - 1, -(2**31)), (2**31, -(2**31) - 1, 2**62)):
+                assert len({variant(driver, offset, count) for count in counts}) == 1
+    assert len(launch._variants) == 4
+
+
+@compiled
+def test_an_integer_that_the_kernel_specialises_is_no_argument():
+    with host_driver(), pytest.raises(TypeError, match="factor: expected in `do_not_specialize` or `numbers`"):
+        Launch(_scale_kernel, SIZE=16)((1,), torch.ones(16), None, torch.empty(16), 5, 3)
+
+
 @compiled
 def test_a_variant_belongs_to_a_device():
     with host_driver() as driver:
@@ -140,7 +175,7 @@ def test_what_only_compiled_is_not_remembered():
     launch = Launch(_add_kernel, *NUMBERS, **SETTINGS)
 
     class CompileOnly:
-        arg_names = _add_kernel.arg_names
+        arg_names, params = _add_kernel.arg_names, _add_kernel.params
 
         def __getitem__(self, grid):
             return lambda *args, **settings: _add_kernel.run(*args, grid=grid, warmup=True, **settings)
