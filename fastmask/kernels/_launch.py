@@ -51,13 +51,15 @@ class Launch:
             knobs.compilation.instrumentation_mode,
         ]
         for argument in arguments:
-            if argument is None:
-                key.append(None)
+            if isinstance(argument, tuple):
+                for tensor in argument:
+                    key += tensor.dtype, tensor.data_ptr() % 16 == 0
             elif isinstance(argument, int):
                 key.append(-(2**31) <= argument < 2**31)  # int32, or int64
+            elif argument is None:
+                key.append(None)
             else:
-                for tensor in argument if isinstance(argument, tuple) else (argument,):
-                    key += tensor.dtype, tensor.data_ptr() % 16 == 0
+                key += argument.dtype, argument.data_ptr() % 16 == 0
         known = self._variants.get(tuple(key))
         if known is None:
             self._launch_by_triton(tuple(key), grid, arguments)
