@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastmask.kernels._launch import Launch
-from fastmask.kernels._runtime import jit, on_device_of, tl
+from fastmask.kernels._runtime import jit, tl
 from fastmask.kernels.roi_align.geometry import level_of
 
 # One step for the 1024 boxes of a training batch, 4 boxes per thread. Not yet measured on a GPU.
@@ -63,7 +63,7 @@ def _prepared(num_images: int, num_levels: int, thresholds: tuple[int, ...] | No
 def list_boxes_by_level(
     boxes: Tensor, num_images: int, num_levels: int, thresholds: tuple[int, ...] | None
 ) -> tuple[Tensor, Tensor]:
-    """The rows of `boxes` that are pooled from each image and level, in ascending order.
+    """The rows of `boxes`, whose device is current, that are pooled from each image and level, in ascending order.
 
     Args:
         boxes: `[K, 5]`, `(image, x1, y1, x2, y2)` in image pixels, contiguous.
@@ -81,6 +81,5 @@ def list_boxes_by_level(
     counts = torch.empty(rows, dtype=torch.int32, device=boxes.device)
     if rows:
         launch = _prepared(num_images, num_levels, thresholds, BOXES_PER_STEP)
-        with on_device_of(boxes):
-            launch((rows,), boxes, listed, counts, num_boxes)
+        launch((rows,), boxes, listed, counts, num_boxes)
     return listed, counts
