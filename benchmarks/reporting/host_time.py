@@ -97,7 +97,7 @@ def _best(call: Callable[[], object], driver: HostDriver) -> float:
 
 
 @contextmanager
-def _recorded_launchers() -> Iterator[list[tuple[str, Callable[[], object]]]]:
+def recorded_launchers() -> Iterator[list[tuple[str, Callable[[], object]]]]:
     """Send meta tensors to the launchers, and list their names and calls."""
     calls: list[tuple[str, Callable[[], object]]] = []
 
@@ -120,7 +120,7 @@ def _recorded_launchers() -> Iterator[list[tuple[str, Callable[[], object]]]]:
 def measure(declared: Mapping[str, Operator]) -> list[HostTime]:
     """The time of every launcher of every compile case."""
     rows = []
-    with host_driver() as driver, _recorded_launchers() as calls:
+    with host_driver() as driver, recorded_launchers() as calls:
         for operator, declaration in declared.items():
             for case, call in declaration.compile_cases.items():
                 calls.clear()

@@ -9,20 +9,22 @@ image sizes, and remembers which variant Triton chose for tensors of the same dt
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
 from fastmask.kernels._runtime import INTERPRETED, triton
 
+Argument: TypeAlias = Tensor | tuple[Tensor, ...] | int | None
+
 
 class Launch:
-    """A kernel with its numbers and constants: `Launch(kernel, *numbers, **settings)(grid, *tensors)` does what
-    `kernel[grid](*tensors, *numbers, **settings)` does, on the current device and stream.
+    """A kernel with its numbers and constants: `Launch(kernel, *numbers, **settings)(grid, *arguments)` does what
+    `kernel[grid](*arguments, *numbers, **settings)` does, on the current device and stream.
 
     Args:
         kernel: decorated with `jit`.
-        numbers: the arguments between tensors and constants: integers, and tuples of integers.
+        numbers: the arguments before the constants: integers, and tuples of integers.
         settings: the kernel's constants (`tl.constexpr`), and options such as `num_warps`.
     """
 
@@ -30,15 +32,16 @@ class Launch:
         self._kernel, self._numbers, self._settings = kernel, numbers, settings
         self._variants: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
-    def __call__(self, grid: tuple[int, ...], *tensors: Tensor | tuple[Tensor, ...]) -> None:
+    def __call__(self, grid: tuple[int, ...], *arguments: Argument) -> None:
         """Launch.
 
         Args:
             grid: one to three sizes.
-            tensors: the kernel's first arguments, tensors and tuples of tensors.
+            arguments: the kernel's first arguments, which change from call to call. Integers are of 64 bits or less,
+                and the kernel does not specialise them.
         """
         if INTERPRETED:
-            self._kernel[grid](*tensors, *self._numbers, **self._settings)
+            self._kernel[grid](*arguments, *self._numbers, **self._settings)
             return
         # What can change the variant, or the loaded binary, between calls. Triton keys its own caches by the same.
         knobs = triton.knobs
@@ -47,20 +50,30 @@ class Launch:
             knobs.runtime.debug,
             knobs.compilation.instrumentation_mode,
         ]
-        for argument in tensors:
-            for tensor in argument if isinstance(argument, tuple) else (argument,):
-                key += tensor.dtype, tensor.data_ptr() % 16 == 0
+        for argument in arguments:
+            if isinstance(argument, tuple):
+                for tensor in argument:
+                    key += tensor.dtype, tensor.data_ptr() % 16 == 0
+            elif isinstance(argument, int):
+                key.append(-(2**31) <= argument < 2**31)  # int32, or int64
+            elif argument is None:
+                key.append(None)
+            else:
+                key += argument.dtype, argument.data_ptr() % 16 == 0
         known = self._variants.get(tuple(key))
         if known is None:
-            self._launch_by_triton(tuple(key), grid, tensors)
+            self._launch_by_triton(tuple(key), grid, arguments)
         else:
             variant, rest = known
-            variant[(*grid, 1, 1)[:3]](*tensors, *rest)
+            variant[(*grid, 1, 1)[:3]](*arguments, *rest)
 
-    def _launch_by_triton(self, key: tuple[Any, ...], grid: tuple[int, ...], tensors: tuple[Any, ...]) -> None:
+    def _launch_by_triton(self, key: tuple[Any, ...], grid: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
         """Launch, and remember the variant."""
-        variant = self._kernel[grid](*tensors, *self._numbers, **self._settings)
+        for parameter, argument in zip(self._kernel.params, arguments, strict=False):
+            if isinstance(argument, int) and not parameter.do_not_specialize:
+                raise TypeError(f"{parameter.name}: expected in `do_not_specialize` or `numbers`, got an argument")
+        variant = self._kernel[grid](*arguments, *self._numbers, **self._settings)
         # It has no function where the call only compiled it. Other backends specialise on more, such as sizes in bytes.
         if getattr(variant, "function", None) is not None and variant.metadata.target.backend == "cuda":
-            constants = self._kernel.arg_names[len(tensors) + len(self._numbers) :]
+            constants = self._kernel.arg_names[len(arguments) + len(self._numbers) :]
             self._variants[key] = variant, (*self._numbers, *(self._settings[name] for name in constants))

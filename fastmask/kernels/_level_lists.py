@@ -7,10 +7,13 @@ sums of the kernels that follow have a fixed order; nothing is synchronised and 
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
-from fastmask.kernels._runtime import jit, on_device_of, tl
+from fastmask.kernels._launch import Launch
+from fastmask.kernels._runtime import jit, tl
 from fastmask.kernels.roi_align.geometry import level_of
 
 # One step for the 1024 boxes of a training batch, 4 boxes per thread. Not yet measured on a GPU.
@@ -44,10 +47,23 @@ def _list_boxes_by_level_kernel(
     tl.store(counts + row, count)
 
 
+@lru_cache(maxsize=1024)
+def _prepared(num_images: int, num_levels: int, thresholds: tuple[int, ...] | None, step: int) -> Launch:
+    return Launch(
+        _list_boxes_by_level_kernel,
+        num_images,
+        LEVELS=num_levels,
+        THRESHOLDS=thresholds,
+        STEP=step,
+        num_warps=NUM_WARPS,
+        enable_fp_fusion=False,
+    )
+
+
 def list_boxes_by_level(
     boxes: Tensor, num_images: int, num_levels: int, thresholds: tuple[int, ...] | None
 ) -> tuple[Tensor, Tensor]:
-    """The rows of `boxes` that are pooled from each image and level, in ascending order.
+    """The rows of `boxes`, whose device is current, that are pooled from each image and level, in ascending order.
 
     Args:
         boxes: `[K, 5]`, `(image, x1, y1, x2, y2)` in image pixels, contiguous.
@@ -60,21 +76,10 @@ def list_boxes_by_level(
         boxes of image n and level l. What follows them is undefined. A box that is not pooled is in no list, but a box
         that only scaling to its level makes infinite is: kernels test the scaled box with `finite_box`.
     """
-    rows = num_images * num_levels
-    listed = torch.empty((rows, len(boxes)), dtype=torch.int32, device=boxes.device)
+    rows, num_boxes = num_images * num_levels, boxes.shape[0]
+    listed = torch.empty((rows, num_boxes), dtype=torch.int32, device=boxes.device)
     counts = torch.empty(rows, dtype=torch.int32, device=boxes.device)
     if rows:
-        with on_device_of(boxes):
-            _list_boxes_by_level_kernel[(rows,)](
-                boxes,
-                listed,
-                counts,
-                len(boxes),
-                num_images,
-                LEVELS=num_levels,
-                THRESHOLDS=thresholds,
-                STEP=BOXES_PER_STEP,
-                num_warps=NUM_WARPS,
-                enable_fp_fusion=False,
-            )
+        launch = _prepared(num_images, num_levels, thresholds, BOXES_PER_STEP)
+        launch((rows,), boxes, listed, counts, num_boxes)
     return listed, counts

@@ -40,17 +40,17 @@ def check_features(name: str, levels: Sequence[Any]) -> list[Tensor]:
             raise ValueError(f"{name}: expected sides below 2^30, got {list(shape)}")
         shapes.append(shape)
     first, (num_images, channels, _, _) = levels[0], shapes[0]
-    dtype = first.dtype
+    dtype, device, mixed = first.dtype, first.device, False
     for feature, shape in zip(levels[1:], shapes[1:], strict=True):
         if shape[0] != num_images or shape[1] != channels:
             raise ValueError(
                 f"{name}: expected the same N and C at each level, got {[list(shape) for shape in shapes]}"
             )
-        if feature.device != first.device:
-            raise ValueError(f"{name}: expected all levels on {first.device}, got {feature.device}")
+        if feature.device != device:
+            raise ValueError(f"{name}: expected all levels on {device}, got {feature.device}")
         if feature.dtype != dtype:
-            dtype = torch.promote_types(dtype, feature.dtype)
-    return [feature if feature.dtype == dtype else feature.to(dtype) for feature in levels]
+            dtype, mixed = torch.promote_types(dtype, feature.dtype), True
+    return [feature.to(dtype) for feature in levels] if mixed else list(levels)
 
 
 def to_rois(boxes: Any, features: Tensor, features_name: str) -> Tensor:
@@ -58,7 +58,7 @@ def to_rois(boxes: Any, features: Tensor, features_name: str) -> Tensor:
     dtype = compute_dtype(features.dtype)
     if isinstance(boxes, Tensor):
         _check_boxes(boxes, 5, features, features_name)
-        return boxes.to(dtype)
+        return boxes if boxes.dtype == dtype else boxes.to(dtype)
     per_image = check_sequence("boxes", boxes, "Tensors")
     if len(per_image) > features.shape[0]:
         raise ValueError(f"boxes: expected at most one tensor per image, {features.shape[0]}, got {len(per_image)}")

@@ -266,3 +266,8 @@ def empty(like: Tensor, shape: Sequence[int], channels_last: bool, dtype: torch.
 def target_backend() -> str:
     """`"cuda"`, `"hip"`, ... of the current device, or `"interpreter"`."""
     return "interpreter" if INTERPRETED else triton.runtime.driver.active.get_current_target().backend
+
+
+def current_device() -> Any:
+    """Triton's name of the current device, on which settings may depend; None in the interpreter."""
+    return None if INTERPRETED else triton.runtime.driver.active.get_current_device()

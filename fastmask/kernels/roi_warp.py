@@ -42,7 +42,7 @@ class RoundingSpec(NamedTuple):
     """The settings that round a box to pixels of its level, as `multiscale_roi_warp` documents them."""
 
     num_images: Size
-    spatial_scales: list[float]
+    spatial_scales: Sequence[float]  # a tuple, except in a public function
     canonical_box_size: float = 224.0
     canonical_level: int = 4
     level_rounding: str = "torchvision"

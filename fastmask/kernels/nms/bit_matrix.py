@@ -13,9 +13,13 @@ N x N matrix would take 5 GB.
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from fastmask.kernels._launch import Launch
 from fastmask.kernels._runtime import ceil_div, jit, next_power_of_2, tl, triton_dtype
 from fastmask.kernels.nms.gather import ROWS, SortedBoxes, launch_gather
 from fastmask.kernels.nms.scan_bits import scan_bits_kernel
@@ -30,6 +34,7 @@ from fastmask.kernels.nms.suppression import (
 )
 
 MAX_CHUNK_ROWS = 4096  # a power of two, >= 64
+LATER_ROWS = 64  # boxes of later chunks that a program tests
 MAX_BITMATRIX_BYTES = 1 << 28  # of all segments together; beyond, chunks shrink
 
 
@@ -123,6 +128,38 @@ def _chunk_rows(batch: int, num_boxes: int) -> int:
     return rows
 
 
+class _Launches(NamedTuple):
+    """The launches for a chunk; `rows` are those of a program of the first."""
+
+    find_suppressions: Launch
+    scan: Launch
+    suppress_later: Launch
+    rows: int
+
+
+@lru_cache(maxsize=64)
+def _prepared(dtype: torch.dtype, divide: bool, chunk: int) -> _Launches:
+    rows = min(128, chunk)
+    arithmetic = {"COMPUTE": triton_dtype(dtype), "DIVIDE": divide, "enable_fp_fusion": False}
+    return _Launches(
+        Launch(
+            suppression_bits_kernel,
+            CHUNK=chunk,
+            ROWS=rows,
+            STEP=8,  # 208 instructions for 8 columns and 48 registers; a division would be 56 for each column
+            num_warps=rows // 32,
+            **arithmetic,
+        ),
+        Launch(
+            scan_bits_kernel,
+            CHUNK=chunk,
+            num_warps=1 if chunk <= 1024 else chunk // 512,  # see `scan_bits.py`
+        ),
+        Launch(suppress_later_kernel, CHUNK=chunk, ROWS=LATER_ROWS, STEP=4, **arithmetic),
+        rows,
+    )
+
+
 def launch_bit_matrix(
     candidates: Candidates, gathered: SortedBoxes | None, iou_threshold: float, indices: Tensor, count: Tensor
 ) -> None:
@@ -130,13 +167,8 @@ def launch_bit_matrix(
     (batch, num_boxes), max_output = candidates.order.shape, indices.shape[1]
     dtype, device, num_valid = candidates.boxes.dtype, indices.device, candidates.num_valid
     bits_of_threshold = threshold_bits(iou_threshold, dtype)
-    arithmetic = {
-        "COMPUTE": triton_dtype(dtype),
-        "DIVIDE": needs_division(iou_threshold, dtype),
-        "enable_fp_fusion": False,
-    }
     chunk = _chunk_rows(batch, num_boxes)
-    rows = min(128, chunk)
+    launches = _prepared(dtype, needs_division(iou_threshold, dtype), chunk)
 
     removed = kept_boxes = kept_classes = None
     if num_boxes > chunk:
@@ -144,33 +176,30 @@ def launch_bit_matrix(
     boxes, classes = gathered or launch_gather(candidates, indices)
     num_rows = boxes.shape[1]
     if num_boxes > chunk:
-        kept_boxes = boxes.new_empty(batch, chunk, 4)
-        kept_classes = None if classes is None else classes.new_empty(batch, chunk)
-    bits = torch.empty(batch, chunk // 32, chunk, dtype=torch.int32, device=device)
+        kept_boxes = torch.empty((batch, chunk, 4), dtype=boxes.dtype, device=device)
+        if classes is not None:
+            kept_classes = torch.empty((batch, chunk), dtype=classes.dtype, device=device)
+    bits = torch.empty((batch, chunk // 32, chunk), dtype=torch.int32, device=device)
     before = None
     for first in range(0, num_boxes, chunk):
         size = min(chunk, num_boxes - first)
         following = first + chunk
         is_last = following >= num_boxes
-        kept = count if is_last else torch.empty_like(count)
-        suppression_bits_kernel[(batch, ceil_div(size, rows), ceil_div(size, 32))](
+        kept = count if is_last else torch.empty(batch, dtype=torch.int64, device=device)
+        sizes = num_boxes, num_rows, max_output
+        launches.find_suppressions(
+            (batch, ceil_div(size, launches.rows), ceil_div(size, 32)),
             boxes,
             classes,
             num_valid,
             before,
             bits,
-            num_boxes,
-            num_rows,
-            max_output,
+            *sizes,
             first,
             bits_of_threshold,
-            CHUNK=chunk,
-            ROWS=rows,
-            STEP=8,  # 208 instructions for 8 columns and 48 registers; a division would be 56 for each column
-            num_warps=rows // 32,
-            **arithmetic,
         )
-        scan_bits_kernel[(batch,)](
+        launches.scan(
+            (batch,),
             boxes,
             classes,
             candidates.order,
@@ -182,16 +211,13 @@ def launch_bit_matrix(
             kept,
             None if is_last else kept_boxes,
             None if is_last else kept_classes,
-            num_boxes,
-            num_rows,
-            max_output,
+            *sizes,
             first,
-            CHUNK=chunk,
-            num_warps=1 if chunk <= 1024 else chunk // 512,  # see `scan_bits.py`
         )
         if not is_last:
-            blocks = ceil_div(num_boxes - following, 64)
-            suppress_later_kernel[(batch * blocks,)](
+            blocks = ceil_div(num_boxes - following, LATER_ROWS)
+            launches.suppress_later(
+                (batch * blocks,),
                 boxes,
                 classes,
                 num_valid,
@@ -200,15 +226,9 @@ def launch_bit_matrix(
                 kept_boxes,
                 kept_classes,
                 removed,
-                num_boxes,
-                num_rows,
-                max_output,
+                *sizes,
                 blocks,
                 following,
                 bits_of_threshold,
-                CHUNK=chunk,
-                ROWS=64,
-                STEP=4,
-                **arithmetic,
             )
         before = kept

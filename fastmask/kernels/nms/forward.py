@@ -29,7 +29,7 @@ def launch_nms_padded(
         indices = torch.full((batch, spec.max_output), -1, dtype=torch.int64, device=boxes.device)
         return indices, torch.zeros(batch, dtype=torch.int64, device=boxes.device)
 
-    indices = torch.empty(batch, spec.max_output, dtype=torch.int64, device=boxes.device)
+    indices = torch.empty((batch, spec.max_output), dtype=torch.int64, device=boxes.device)
     count = torch.empty(batch, dtype=torch.int64, device=boxes.device)
     boxes, classes = boxes.contiguous(), None if classes is None else classes.contiguous()
     is_scan = spec.max_output <= MAX_SINGLE_LAUNCH_OUTPUT

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastmask.kernels._launch import Launch
 from fastmask.kernels._runtime import ceil_div, compute_dtype, jit, tl, triton_dtype
 from fastmask.kernels.nms.suppression import Candidates, load_box, store_box
 
@@ -55,20 +57,24 @@ def empty_sorted(boxes: Tensor, classes: Tensor | None) -> SortedBoxes:
     )
 
 
+@lru_cache(maxsize=64)
+def _prepared(dtype: torch.dtype) -> Launch:
+    return Launch(gather_boxes_kernel, ROWS=ROWS, COMPUTE=triton_dtype(dtype))
+
+
 def launch_gather(candidates: Candidates, indices: Tensor) -> SortedBoxes:
     """The boxes in sorted order; sets `indices` to -1."""
     boxes, classes, order, _ = candidates
     (batch, num_boxes), max_output = order.shape, indices.shape[1]
     out = empty_sorted(boxes, classes)
     num_rows = out.boxes.shape[1]
-    gather_boxes_kernel[(batch, ceil_div(max(num_rows, max_output), ROWS))](
+    _prepared(boxes.dtype)(
+        (batch, ceil_div(max(num_rows, max_output), ROWS)),
         *candidates,
         *out,
         indices,
         num_boxes,
         num_rows,
         max_output,
-        ROWS=ROWS,
-        COMPUTE=triton_dtype(boxes.dtype),
     )
     return out

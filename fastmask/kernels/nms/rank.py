@@ -11,9 +11,12 @@ take part come last, then padding.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
+from fastmask.kernels._launch import Launch
 from fastmask.kernels._runtime import ceil_div, jit, tl, triton_dtype
 from fastmask.kernels.nms.gather import SortedBoxes, empty_sorted
 from fastmask.kernels.nms.suppression import Candidates, load_box, store_box
@@ -90,6 +93,11 @@ def can_rank(scores: Tensor) -> bool:
     return scores.shape[1] <= MAX_RANKED and scores.dtype != torch.float64
 
 
+@lru_cache(maxsize=64)
+def _prepared(dtype: torch.dtype) -> Launch:
+    return Launch(rank_boxes_kernel, ROWS=ROWS, COLUMNS=COLUMNS, COMPUTE=triton_dtype(dtype))
+
+
 def launch_rank(
     boxes: Tensor,
     scores: Tensor,
@@ -107,7 +115,8 @@ def launch_rank(
         num_valid = torch.empty(batch, dtype=torch.int64, device=device)
     out = empty_sorted(boxes, classes) if gathered else None
     num_rows = out.boxes.shape[1] if out else num_boxes
-    rank_boxes_kernel[(batch, ceil_div(max(num_rows, max_output if gathered else 0), ROWS))](
+    _prepared(boxes.dtype)(
+        (batch, ceil_div(max(num_rows, max_output if gathered else 0), ROWS)),
         boxes,
         classes,
         scores,
@@ -121,8 +130,5 @@ def launch_rank(
         num_boxes,
         num_rows,
         max_output,
-        ROWS=ROWS,
-        COLUMNS=COLUMNS,
-        COMPUTE=triton_dtype(boxes.dtype),
     )
     return Candidates(boxes, classes, order, num_valid), out

@@ -6,9 +6,12 @@ detector are never read.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
+from fastmask.kernels._launch import Launch
 from fastmask.kernels._runtime import compute_dtype, jit, tl, triton_dtype
 from fastmask.kernels.nms.suppression import (
     Candidates,
@@ -85,12 +88,26 @@ def scan_boxes_kernel(
         tl.store(indices + first + lane, tl.full((BLOCK,), -1, tl.int64), mask=first + lane < max_output)
 
 
+@lru_cache(maxsize=64)
+def _prepared(dtype: torch.dtype, divide: bool) -> Launch:
+    return Launch(
+        scan_boxes_kernel,
+        BLOCK=32 if dtype == torch.float64 else 64,
+        STEP=16,
+        COMPUTE=triton_dtype(dtype),
+        DIVIDE=divide,
+        num_warps=16,  # 80 registers; 8 warps would need 128 and half as many instructions again
+        enable_fp_fusion=False,
+    )
+
+
 def launch_scan(candidates: Candidates, iou_threshold: float, indices: Tensor, count: Tensor) -> None:
     """Write `indices[B, max_output]` and `count[B]`."""
     boxes, classes, order, _ = candidates
     dtype, num_boxes = boxes.dtype, order.shape[1]
     batch, max_output = indices.shape
-    scan_boxes_kernel[(batch,)](
+    _prepared(dtype, needs_division(iou_threshold, dtype))(
+        (batch,),
         *candidates,
         torch.empty(batch, max_output, 4, dtype=compute_dtype(dtype), device=boxes.device),
         None if classes is None else classes.new_empty(batch, max_output),
@@ -99,10 +116,4 @@ def launch_scan(candidates: Candidates, iou_threshold: float, indices: Tensor, c
         num_boxes,
         max_output,
         threshold_bits(iou_threshold, dtype),
-        BLOCK=32 if dtype == torch.float64 else 64,
-        STEP=16,
-        COMPUTE=triton_dtype(dtype),
-        DIVIDE=needs_division(iou_threshold, dtype),
-        num_warps=16,  # 80 registers; 8 warps would need 128 and half as many instructions again
-        enable_fp_fusion=False,
     )

@@ -21,6 +21,7 @@ Proof, for the values that `suppresses` passes:
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -39,6 +40,7 @@ class Candidates(NamedTuple):
     num_valid: Tensor | None  # [B] int64: the length of the prefix of `order` that takes part; None: all of it
 
 
+@lru_cache(maxsize=1024)
 def threshold_bits(iou_threshold: float, dtype: torch.dtype) -> int:
     """The threshold for boxes of `dtype`, as `float_of` reads it."""
     return float64_bits(iou_threshold if dtype == torch.float64 else round_down_float32(iou_threshold))

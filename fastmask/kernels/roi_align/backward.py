@@ -19,15 +19,18 @@ product becomes a loop over the bins of the window.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastmask.kernels._launch import Launch
 from fastmask.kernels._level_lists import list_boxes_by_level
 from fastmask.kernels._runtime import (
     INTERPRETED,
     ceil_div,
+    current_device,
     float_of,
     jit,
     next_power_of_2,
@@ -37,6 +40,7 @@ from fastmask.kernels._runtime import (
     triton,
     triton_dtype,
 )
+from fastmask.kernels.roi_align.levels import pyramid_numbers
 from fastmask.kernels.roi_align.long_lists import (
     MAX_SEGMENTS,
     PIXELS_PER_STEP,
@@ -109,10 +113,10 @@ def _roi_align_backward_kernel(
     slots,  # [tiles] int32 and
     length,  # [1] int32, see `segment_sums_kernel`
     outputs,  # L of [N, H_l, W_l, C] or [N, C, H_l, W_l]
+    first_tile,
     sizes,  # L packed (H_l, W_l)
     num_images,
     scales,  # L float64 bits
-    first_tile,
     C: tl.constexpr,
     PH: tl.constexpr,
     PW: tl.constexpr,
@@ -183,11 +187,10 @@ _PRODUCT_DTYPE = triton and {
 }
 
 
-def _channels_per_program(grad: Tensor, channels_last: bool) -> int:
-    channels = grad.shape[1]
-    if grad.element_size() == 2 and channels_last and channels % MANY_CHANNELS == 0:
+def _channels_per_program(channels: int, dtype: torch.dtype, channels_last: bool) -> int:
+    if dtype.itemsize == 2 and channels_last and channels % MANY_CHANNELS == 0:
         return MANY_CHANNELS
-    return min(CHANNELS_PER_PROGRAM[grad.element_size()], max(next_power_of_2(channels), 16))
+    return min(CHANNELS_PER_PROGRAM[dtype.itemsize], max(next_power_of_2(channels), 16))
 
 
 def _register_limit(spec: RoIAlignSpec, block: int) -> dict[str, int]:
@@ -198,41 +201,39 @@ def _register_limit(spec: RoIAlignSpec, block: int) -> dict[str, int]:
     return {"maxnreg": MAX_REGISTERS} if hopper and spec.reduction == "mean" and 0 < spec.sampling_ratio <= 3 else {}
 
 
-def launch_roi_align_backward(
-    grad: Tensor, boxes: Tensor, argmax: Tensor, shape: PyramidShape, channels_last: bool, spec: RoIAlignSpec
-) -> list[Tensor]:
-    """Gradients of the levels."""
-    grads = shape.empty_features(grad, channels_last)
-    channels = grad.shape[1]
+class _Launches(NamedTuple):
+    """The launches of a pyramid, and how it is divided."""
+
+    list_windows: Launch
+    sum_segments: Launch
+    sum_tiles: Launch
+    tiles: int
+    max_tiles: int  # of one image and level
+    blocks: int  # of channels
+    windows_per_box: int
+
+
+@lru_cache(maxsize=1024)
+def _prepared(
+    spec: RoIAlignSpec,
+    shape: PyramidShape,
+    channels: int,
+    dtype: torch.dtype,
+    channels_last: bool,
+    device: Any,  # the current one, as Triton names it
+    segment: int,
+    boxes_per_step: int,
+) -> _Launches:
+    del device  # the settings depend on its architecture
     per_image = [ceil_div(height, TILE) * ceil_div(width, TILE) for height, width in shape.levels]
-    tiles = sum(per_image) * shape.num_images
-    if not tiles or not channels:
-        return grads
-    block = _channels_per_program(grad, channels_last)
-    boxes = boxes.contiguous()
-    grad = grad.contiguous(memory_format=torch.channels_last)
-    argmax = argmax.contiguous(memory_format=torch.channels_last)
-    bins = spec.pooled_height * spec.pooled_width
-    entries = len(boxes) * ceil_div(spec.pooled_height, WINDOW) * ceil_div(spec.pooled_width, WINDOW)
-    max_tiles, step = max(per_image), tiles
-    if max_tiles * entries > MAX_LIST_ENTRIES:
-        max_tiles = step = max(1, MAX_LIST_ENTRIES // entries)
-    dtype = torch.int32 if (len(boxes) + 1) * bins < 2**31 else torch.int64
-    windows = torch.empty(max_tiles * entries, dtype=dtype, device=boxes.device)
-    starts = torch.empty(step, dtype=torch.int64, device=boxes.device)
-    counts = torch.empty(step, dtype=torch.int32, device=boxes.device)
-    by_level, level_counts = list_boxes_by_level(
-        boxes, shape.num_images, len(shape.levels), spec.thresholds(boxes.dtype)
-    )
-    pyramid = {
-        "sizes": shape.kernel_sizes(),
-        "num_images": shape.num_images,
-        "scales": spec.scale_bits(),
+    block = _channels_per_program(channels, dtype, channels_last)
+    pyramid = pyramid_numbers(spec, shape.num_images, shape.levels)
+    geometry = {
         "PH": spec.pooled_height,
         "PW": spec.pooled_width,
         "RATIO": max(spec.sampling_ratio, 0),
         "ALIGNED": spec.aligned,
-        "COMPUTE": triton_dtype(grad.dtype),
+        "COMPUTE": triton_dtype(dtype),
         "TILE": TILE,
         "WINDOW": WINDOW,
         "enable_fp_fusion": False,
@@ -240,47 +241,79 @@ def launch_roi_align_backward(
     sums = {
         "C": channels,
         "REDUCTION": spec.reduction,
-        "SEGMENT": SEGMENT,
+        "SEGMENT": segment,
         "CHANNELS": block,
-        "PRODUCT": _PRODUCT_DTYPE[grad.dtype],
-        "PRECISION": "tf32x3" if grad.dtype == torch.float32 and target_backend() == "cuda" else "ieee",
+        "PRODUCT": _PRODUCT_DTYPE[dtype],
+        "PRECISION": "tf32x3" if dtype == torch.float32 and target_backend() == "cuda" else "ieee",
         "num_warps": NUM_WARPS,
         "num_stages": NUM_STAGES,
+        **geometry,
     }
-    segments = MAX_SEGMENTS if entries > SEGMENT else 0  # shorter lists are never split
-    workspace = torch.empty(segments * TILE * TILE * channels, dtype=boxes.dtype, device=boxes.device)
-    slots, length = torch.empty_like(counts), counts.new_empty(1)
-    blocks = ceil_div(channels, block)
-    for first_tile in range(0, tiles, step):
-        in_launch = min(step, tiles - first_tile)
+    return _Launches(
+        Launch(list_windows_kernel, *pyramid, STEP=boxes_per_step, num_warps=LIST_WARPS, **geometry),
+        Launch(segment_sums_kernel, *pyramid, STEP=TILES_PER_STEP, **sums),
+        Launch(
+            _roi_align_backward_kernel,
+            *pyramid,
+            CHANNELS_LAST=channels_last,
+            PIXELS=PIXELS_PER_STEP,
+            **_register_limit(spec, block),
+            **sums,
+        ),
+        tiles=sum(per_image) * shape.num_images,
+        max_tiles=max(per_image),
+        blocks=ceil_div(channels, block),
+        windows_per_box=ceil_div(spec.pooled_height, WINDOW) * ceil_div(spec.pooled_width, WINDOW),
+    )
+
+
+def launch_roi_align_backward(
+    grad: Tensor, boxes: Tensor, argmax: Tensor, shape: PyramidShape, channels_last: bool, spec: RoIAlignSpec
+) -> list[Tensor]:
+    """Gradients of the levels."""
+    grads = shape.empty_features(grad, channels_last)
+    if any(output.numel() for output in grads):
         with on_device_of(boxes):
-            list_windows_kernel[(in_launch,)](
-                boxes,
-                by_level,
-                level_counts,
-                windows,
-                starts,
-                counts,
-                num_boxes=len(boxes),
-                first_tile=first_tile,
-                max_tiles=max_tiles,
-                STEP=BOXES_PER_STEP,
-                num_warps=LIST_WARPS,
-                **pyramid,
-            )
-            lists = (grad, boxes, argmax, windows, starts, counts, workspace, slots, length)
-            if segments:
-                segment_sums_kernel[(segments, blocks)](
-                    *lists, num_tiles=in_launch, first_tile=first_tile, STEP=TILES_PER_STEP, **sums, **pyramid
-                )
-            _roi_align_backward_kernel[(in_launch, blocks)](
-                *lists,
-                tuple(grads),
-                first_tile=first_tile,
-                CHANNELS_LAST=channels_last,
-                PIXELS=PIXELS_PER_STEP,
-                **_register_limit(spec, block),
-                **sums,
-                **pyramid,
-            )
+            _launch(grads, grad, boxes, argmax, shape, channels_last, spec)
     return grads
+
+
+def _launch(
+    grads: list[Tensor],
+    grad: Tensor,
+    boxes: Tensor,
+    argmax: Tensor,
+    shape: PyramidShape,
+    channels_last: bool,
+    spec: RoIAlignSpec,
+) -> None:
+    channels, num_boxes, device = grad.shape[1], boxes.shape[0], boxes.device
+    prepared = _prepared(spec, shape, channels, grad.dtype, channels_last, current_device(), SEGMENT, BOXES_PER_STEP)
+    boxes = boxes.contiguous()
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    argmax = argmax.contiguous(memory_format=torch.channels_last)
+    entries = num_boxes * prepared.windows_per_box
+    max_tiles, step = prepared.max_tiles, prepared.tiles
+    if max_tiles * entries > MAX_LIST_ENTRIES:
+        max_tiles = step = max(1, MAX_LIST_ENTRIES // entries)
+    narrow = (num_boxes + 1) * spec.pooled_height * spec.pooled_width < 2**31
+    windows = torch.empty(max_tiles * entries, dtype=torch.int32 if narrow else torch.int64, device=device)
+    starts = torch.empty(step, dtype=torch.int64, device=device)
+    counts = torch.empty(step, dtype=torch.int32, device=device)
+    by_level, level_counts = list_boxes_by_level(
+        boxes, shape.num_images, len(shape.levels), spec.thresholds(boxes.dtype)
+    )
+    segments = MAX_SEGMENTS if entries > SEGMENT else 0  # shorter lists are never split
+    workspace = torch.empty(segments * TILE * TILE * channels, dtype=boxes.dtype, device=device)
+    slots = torch.empty(step, dtype=torch.int32, device=device)
+    length = torch.empty(1, dtype=torch.int32, device=device)
+    lists = grad, boxes, argmax, windows, starts, counts, workspace, slots, length
+    outputs = tuple(grads)
+    for first_tile in range(0, prepared.tiles, step):
+        in_launch = min(step, prepared.tiles - first_tile)
+        prepared.list_windows(
+            (in_launch,), boxes, by_level, level_counts, windows, starts, counts, num_boxes, first_tile, max_tiles
+        )
+        if segments:
+            prepared.sum_segments((segments, prepared.blocks), *lists, in_launch, first_tile)
+        prepared.sum_tiles((in_launch, prepared.blocks), *lists, outputs, first_tile)

@@ -20,23 +20,24 @@ order: same inputs, same bits.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
+from fastmask.kernels._launch import Launch
 from fastmask.kernels._runtime import (
     ceil_div,
     float_of,
     jit,
     next_power_of_2,
     on_device_of,
-    pack_size,
     tl,
     triton_dtype,
 )
 from fastmask.kernels.roi_align.geometry import axis_of, finite_box, level_of, position_of, scaled_box, size_of
+from fastmask.kernels.roi_align.levels import pyramid_numbers
 
 if TYPE_CHECKING:
     from fastmask.kernels.roi_align.op import RoIAlignSpec
@@ -127,7 +128,7 @@ def _roi_align_box_backward_kernel(
     features,  # L of [N, H_l, W_l, C]
     boxes,  # [K, 5] of COMPUTE
     argmax,  # [K, PH * PW, C] int32; read for the maximum only
-    partial,  # [K, blocks of bins, blocks of channels, 4] of COMPUTE: sums of x1, y1, x2, y2
+    partial,  # [K, blocks of bins, blocks of channels, 5] of COMPUTE: 0, and sums of x1, y1, x2, y2
     sizes,  # L packed (H_l, W_l)
     num_images,
     scales,  # L float64 bits
@@ -183,44 +184,56 @@ def _roi_align_box_backward_kernel(
                 grad_y, grad_x = _sample_gradients(feature, grad_sample, y, x, width, channel, mask, C, COMPUTE, VECTOR)
                 sums = _add_sample(sums, grad_y, grad_x, y, x)
 
-    partial += (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * 4
+    partial += (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * 5
+    tl.store(partial, 0.0)
     for corner in tl.static_range(4):
-        tl.store(partial + corner, tl.sum(tl.sum(sums[corner], 1), 0) * scale)
+        tl.store(partial + 1 + corner, tl.sum(tl.sum(sums[corner], 1), 0) * scale)
+
+
+@lru_cache(maxsize=1024)
+def _prepared(
+    spec: RoIAlignSpec, shapes: tuple[torch.Size, ...], dtype: torch.dtype, box_dtype: torch.dtype
+) -> tuple[int, int, Launch]:
+    """The blocks of bins, the blocks of channels, and the launch."""
+    num_images, channels = shapes[0][:2]
+    block = min(CHANNELS_PER_PROGRAM[dtype.itemsize], next_power_of_2(channels))
+    launch = Launch(
+        _roi_align_box_backward_kernel,
+        *pyramid_numbers(spec, num_images, [(height, width) for _, _, height, width in shapes]),
+        C=channels,
+        PH=spec.pooled_height,
+        PW=spec.pooled_width,
+        RATIO=max(spec.sampling_ratio, 0),
+        ALIGNED=spec.aligned,
+        REDUCTION=spec.reduction,
+        THRESHOLDS=spec.thresholds(box_dtype),
+        COMPUTE=triton_dtype(dtype),
+        BINS=BINS_PER_PROGRAM,
+        CHANNELS=block,
+        VECTOR=min(block, 16 // dtype.itemsize),
+        num_warps=NUM_WARPS,
+        enable_fp_fusion=False,
+    )
+    return ceil_div(spec.pooled_height * spec.pooled_width, BINS_PER_PROGRAM), ceil_div(channels, block), launch
 
 
 def launch_roi_align_box_backward(
     grad: Tensor, features: Sequence[Tensor], boxes: Tensor, argmax: Tensor, spec: RoIAlignSpec
 ) -> Tensor:
     """Gradients of the boxes, `[K, 5]`."""
-    channels = grad.shape[1]
     if not grad.numel():
         return boxes.new_zeros(boxes.shape)
-    block = min(CHANNELS_PER_PROGRAM[grad.element_size()], next_power_of_2(channels))
-    bin_blocks = ceil_div(spec.pooled_height * spec.pooled_width, BINS_PER_PROGRAM)
-    channel_blocks = ceil_div(channels, block)
-    partial = boxes.new_empty(len(boxes), bin_blocks * channel_blocks, 4)
+    shapes = tuple([feature.shape for feature in features])
+    bin_blocks, channel_blocks, launch = _prepared(spec, shapes, grad.dtype, boxes.dtype)
+    num_boxes = boxes.shape[0]
+    partial = torch.empty((num_boxes, bin_blocks * channel_blocks, 5), dtype=boxes.dtype, device=boxes.device)
     with on_device_of(boxes):
-        _roi_align_box_backward_kernel[(len(boxes) * bin_blocks, channel_blocks)](
+        launch(
+            (num_boxes * bin_blocks, channel_blocks),
             grad.contiguous(memory_format=torch.channels_last),
-            tuple(feature.contiguous(memory_format=torch.channels_last) for feature in features),
+            tuple([feature.contiguous(memory_format=torch.channels_last) for feature in features]),
             boxes.contiguous(),
             argmax.contiguous(memory_format=torch.channels_last),
             partial,
-            tuple(pack_size(*feature.shape[2:]) for feature in features),
-            features[0].shape[0],
-            spec.scale_bits(),
-            C=channels,
-            PH=spec.pooled_height,
-            PW=spec.pooled_width,
-            RATIO=max(spec.sampling_ratio, 0),
-            ALIGNED=spec.aligned,
-            REDUCTION=spec.reduction,
-            THRESHOLDS=spec.thresholds(boxes.dtype),
-            COMPUTE=triton_dtype(grad.dtype),
-            BINS=BINS_PER_PROGRAM,
-            CHANNELS=block,
-            VECTOR=min(block, 16 // grad.element_size()),
-            num_warps=NUM_WARPS,
-            enable_fp_fusion=False,
         )
-    return pad(partial.sum(1), (1, 0))
+    return partial.sum(1)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from fastmask.kernels._launch import Launch
 from fastmask.kernels._runtime import (
     ceil_div,
     divide,
@@ -15,7 +17,6 @@ from fastmask.kernels._runtime import (
     jit,
     next_power_of_2,
     on_device_of,
-    pack_size,
     tl,
     triton_dtype,
 )
@@ -28,6 +29,7 @@ from fastmask.kernels.roi_align.geometry import (
     scaled_box,
     size_of,
 )
+from fastmask.kernels.roi_align.levels import pyramid_numbers
 
 if TYPE_CHECKING:
     from fastmask.kernels.roi_align.op import RoIAlignSpec
@@ -78,10 +80,10 @@ def _roi_align_forward_kernel(
     boxes,  # [K, 5] of COMPUTE
     output,  # [K, PH * PW, C] or [K, C, PH * PW]
     argmax,  # like output, int32; written for the maximum only
+    tiles_per_program,
     sizes,  # L packed (H_l, W_l)
     num_images,
     scales,  # L float64 bits
-    tiles_per_program,
     C: tl.constexpr,
     PH: tl.constexpr,
     PW: tl.constexpr,
@@ -162,45 +164,58 @@ def _roi_align_forward_kernel(
             tl.store(argmax + place, winner, mask=stored)
 
 
+@lru_cache(maxsize=1024)
+def _prepared(
+    spec: RoIAlignSpec,
+    shapes: tuple[torch.Size, ...],
+    dtype: torch.dtype,
+    box_dtype: torch.dtype,
+    channels_last: bool,
+    max_narrow_offset: int,
+) -> tuple[int, int, Launch]:
+    """The tiles of a box, the blocks of channels, and the launch."""
+    num_images, channels = shapes[0][:2]
+    levels = [(height, width) for _, _, height, width in shapes]
+    line = min(LINE_BYTES // dtype.itemsize, next_power_of_2(channels))
+    lines = LINES_PER_PROGRAM[dtype.itemsize] // (2 if spec.reduction == "max" else 1)  # room for the winners
+    lines = min(lines, next_power_of_2(ceil_div(channels, line)))
+    largest = max(height * width for height, width in levels) * channels
+    launch = Launch(
+        _roi_align_forward_kernel,
+        *pyramid_numbers(spec, num_images, levels),
+        C=channels,
+        PH=spec.pooled_height,
+        PW=spec.pooled_width,
+        RATIO=max(spec.sampling_ratio, 0),
+        ALIGNED=spec.aligned,
+        REDUCTION=spec.reduction,
+        THRESHOLDS=spec.thresholds(box_dtype),
+        CHANNELS_LAST=channels_last,
+        COMPUTE=triton_dtype(dtype),
+        OFFSET=tl.int32 if largest <= max_narrow_offset else tl.int64,
+        BINS=BINS_PER_TILE,
+        LINES=lines,
+        CHANNELS=line,
+        num_warps=NUM_WARPS,
+        enable_fp_fusion=False,
+    )
+    return ceil_div(spec.pooled_height * spec.pooled_width, BINS_PER_TILE), ceil_div(channels, line * lines), launch
+
+
 def launch_roi_align(features: Sequence[Tensor], boxes: Tensor, spec: RoIAlignSpec) -> tuple[Tensor, Tensor]:
     """Pooled features, and for the maximum which sample of its bin each is."""
     output, argmax = spec.empty_outputs(features, boxes)
     if not output.numel():
         return output, argmax
-    num_images, channels = features[0].shape[:2]
-    line = min(LINE_BYTES // output.element_size(), next_power_of_2(channels))
-    lines = LINES_PER_PROGRAM[output.element_size()] // (2 if spec.reduction == "max" else 1)  # room for the winners
-    lines = min(lines, next_power_of_2(ceil_div(channels, line)))
-    tiles = ceil_div(spec.pooled_height * spec.pooled_width, BINS_PER_TILE)
+    num_boxes = boxes.shape[0]
+    shapes = tuple([feature.shape for feature in features])
+    tiles, channel_blocks, launch = _prepared(
+        spec, shapes, output.dtype, boxes.dtype, not output.is_contiguous(), MAX_NARROW_OFFSET
+    )
     programs = PROGRAMS if spec.sampling_ratio > 0 else PROGRAMS_ADAPTIVE
-    channel_blocks = ceil_div(channels, line * lines)
-    tiles_per_program = ceil_div(tiles, ceil_div(programs, len(boxes) * channel_blocks))
-    sizes = [feature.shape[2:] for feature in features]
-    largest = max(height * width for height, width in sizes) * channels
+    tiles_per_program = ceil_div(tiles, ceil_div(programs, num_boxes * channel_blocks))
+    features = tuple([feature.contiguous(memory_format=torch.channels_last) for feature in features])
     with on_device_of(boxes):
-        _roi_align_forward_kernel[(len(boxes), ceil_div(tiles, tiles_per_program), channel_blocks)](
-            tuple(feature.contiguous(memory_format=torch.channels_last) for feature in features),
-            boxes.contiguous(),
-            output,
-            argmax,
-            tuple(pack_size(height, width) for height, width in sizes),
-            num_images,
-            spec.scale_bits(),
-            tiles_per_program,
-            C=channels,
-            PH=spec.pooled_height,
-            PW=spec.pooled_width,
-            RATIO=max(spec.sampling_ratio, 0),
-            ALIGNED=spec.aligned,
-            REDUCTION=spec.reduction,
-            THRESHOLDS=spec.thresholds(boxes.dtype),
-            CHANNELS_LAST=not output.is_contiguous(),
-            COMPUTE=triton_dtype(output.dtype),
-            OFFSET=tl.int32 if largest <= MAX_NARROW_OFFSET else tl.int64,
-            BINS=BINS_PER_TILE,
-            LINES=lines,
-            CHANNELS=line,
-            num_warps=NUM_WARPS,
-            enable_fp_fusion=False,
-        )
+        grid = num_boxes, ceil_div(tiles, tiles_per_program), channel_blocks
+        launch(grid, features, boxes.contiguous(), output, argmax, tiles_per_program)
     return output, argmax

@@ -15,13 +15,14 @@ chain of float operations finds them, so that kernels and references agree on bo
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from fastmask.kernels._runtime import float64_bits
+from fastmask.kernels._runtime import float64_bits, pack_size
 
 ROUNDINGS = ("torchvision", "detectron2")
 # Not for users: column 0 of boxes `[K, 5]` is image * L + level, and the boxes are in pixels of their level.
@@ -48,7 +49,7 @@ class PyramidSpec(Protocol):
     """The settings of an operator that map boxes to levels, each box to one."""
 
     @property
-    def spatial_scales(self) -> list[float]: ...
+    def spatial_scales(self) -> Sequence[float]: ...
 
     @property
     def canonical_box_size(self) -> float: ...
@@ -77,12 +78,19 @@ def scale_bits_of(spec: PyramidSpec) -> tuple[int, ...]:
     return tuple(float64_bits(scale) for scale in spec.spatial_scales)
 
 
-def level_range(spatial_scales: list[float]) -> tuple[int, int]:
+def pyramid_numbers(
+    spec: PyramidSpec, num_images: int, levels: Sequence[tuple[int, int]]
+) -> tuple[tuple[int, ...], int, tuple[int, ...]]:
+    """A pyramid as kernels take it, `sizes, num_images, scales`; `levels` are its `(height, width)`."""
+    return tuple(pack_size(height, width) for height, width in levels), num_images, scale_bits_of(spec)
+
+
+def level_range(spatial_scales: Sequence[float]) -> tuple[int, int]:
     """The first and last level of the pyramid: a level's scale is `2 ** -level`."""
     return int(-math.log2(spatial_scales[0])), int(-math.log2(spatial_scales[-1]))
 
 
-def check_levels(name: str, spatial_scales: list[float], level_rounding: str) -> None:
+def check_levels(name: str, spatial_scales: Sequence[float], level_rounding: str) -> None:
     """The finest level comes first; detectron2 also requires consecutive levels."""
     first, last = level_range(spatial_scales)
     if len(spatial_scales) > 1 and last < first:
@@ -91,7 +99,7 @@ def check_levels(name: str, spatial_scales: list[float], level_rounding: str) ->
         raise ValueError(f"{name}: expected consecutive powers of 2, got {spatial_scales}")
 
 
-def assign_fpn_levels(boxes: Tensor, spatial_scales: list[float], rule: LevelRule) -> Tensor:
+def assign_fpn_levels(boxes: Tensor, spatial_scales: Sequence[float], rule: LevelRule) -> Tensor:
     """Index `[K]` into the pyramid of each box `[K, 4]`, int64; -1 for a box that has no level.
 
     One level takes every box. With more, a box of negative or NaN area has no level, and neither has one

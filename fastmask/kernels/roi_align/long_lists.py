@@ -68,10 +68,10 @@ def segment_sums_kernel(
     slots,  # [tiles] int32: the first slot of each split list
     length,  # [1] int32: windows per segment
     num_tiles,
+    first_tile,
     sizes,  # L packed (H_l, W_l)
     num_images,
     scales,  # L float64 bits
-    first_tile,
     C: tl.constexpr,
     PH: tl.constexpr,
     PW: tl.constexpr,

@@ -22,7 +22,7 @@ class RoIAlignSpec(NamedTuple):
 
     pooled_height: Size
     pooled_width: Size
-    spatial_scales: list[float]
+    spatial_scales: Sequence[float]  # a tuple, except in a public function
     sampling_ratio: int
     aligned: bool
     reduction: str
@@ -38,25 +38,27 @@ class RoIAlignSpec(NamedTuple):
         """Memory for the output, in the format of the first level, and for the maximum's argmax."""
         first = features[0]
         shape = (boxes.shape[0], first.shape[1], self.pooled_height, self.pooled_width)
-        output = empty(first, shape, is_channels_last(first))
-        argmax_shape = shape if self.reduction == "max" else (0, 0, 0, 0)
-        return output, empty(first, argmax_shape, is_channels_last(first), torch.int32)
+        channels_last = is_channels_last(first)
+        output = empty(first, shape, channels_last)
+        if self.reduction == "max":
+            return output, empty(first, shape, channels_last, torch.int32)
+        return output, empty(first, (0, 0, 0, 0), True, torch.int32)  # in the format that backwards read
 
 
 class PyramidShape(NamedTuple):
     """The number of images and `(height, width)` of each level, which the backward operator takes as `sizes`."""
 
     num_images: int
-    levels: list[tuple[int, int]]
+    levels: tuple[tuple[int, int], ...]
 
     @classmethod
     def of(cls, features: Sequence[Tensor]) -> PyramidShape:
-        return cls(features[0].shape[0], [(feature.shape[2], feature.shape[3]) for feature in features])
+        return cls(features[0].shape[0], tuple([(feature.shape[2], feature.shape[3]) for feature in features]))
 
     @classmethod
     def unpack(cls, sizes: Sequence[int]) -> PyramidShape:
         num_images, *sides = sizes
-        return cls(num_images, list(zip(sides[::2], sides[1::2], strict=True)))
+        return cls(num_images, tuple(zip(sides[::2], sides[1::2], strict=True)))
 
     def pack(self) -> list[int]:
         """`[N, H_1, W_1, ..., H_L, W_L]`."""

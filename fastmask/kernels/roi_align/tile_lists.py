@@ -102,12 +102,12 @@ def list_windows_kernel(
     windows,  # int32 or int64
     starts,  # [tiles] int64: where each tile's windows are
     counts,  # [tiles] int32: and how many
-    sizes,  # L packed (H_l, W_l)
     num_boxes,
-    num_images,
-    scales,  # L float64 bits
     first_tile,
     max_tiles,  # the most tiles of one image and level in this launch
+    sizes,  # L packed (H_l, W_l)
+    num_images,
+    scales,  # L float64 bits
     PH: tl.constexpr,
     PW: tl.constexpr,
     RATIO: tl.constexpr,

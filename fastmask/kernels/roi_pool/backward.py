@@ -10,12 +10,23 @@ each gradient is written once, zeros included.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from fastmask.kernels._runtime import ceil_div, jit, next_power_of_2, on_device_of, target_backend, tl, triton_dtype
+from fastmask.kernels._launch import Launch
+from fastmask.kernels._runtime import (
+    ceil_div,
+    current_device,
+    jit,
+    next_power_of_2,
+    on_device_of,
+    target_backend,
+    tl,
+    triton_dtype,
+)
 from fastmask.kernels.roi_pool.regions import (
     MAX_LIST_ENTRIES,
     REGION,
@@ -49,10 +60,10 @@ def _roi_pool_backward_kernel(
     listed,  # [regions, K] int32
     counts,  # [regions] int32
     outputs,  # L of [N, C, H_l, W_l] in either layout
-    sizes,  # L packed (H_l, W_l)
     num_boxes,
-    num_images,
     first_region,
+    sizes,  # L packed (H_l, W_l)
+    num_images,
     C: tl.constexpr,
     PH: tl.constexpr,
     PW: tl.constexpr,
@@ -115,47 +126,54 @@ def _roi_pool_backward_kernel(
     tl.store(output + place, sums.to(output.dtype.element_ty), mask=exists)
 
 
+@lru_cache(maxsize=1024)
+def _prepared(
+    spec: RoIPoolSpec, shape: PyramidShape, channels: int, dtype: torch.dtype, channels_last: bool, device: Any
+) -> tuple[int, int, Launch]:
+    """The regions, the blocks of channels, and the launch; `device` is the current one, as Triton names it."""
+    del device  # the blocks depend on its architecture
+    block = min(CHANNELS_PER_PROGRAM[dtype.itemsize], next_power_of_2(channels))
+    block = min(block, MAX_CHANNELS_ON_HIP) if target_backend() == "hip" else block
+    launch = Launch(
+        _roi_pool_backward_kernel,
+        shape.kernel_sizes(),
+        shape.num_images,
+        C=channels,
+        PH=spec.pooled_height,
+        PW=spec.pooled_width,
+        CHANNELS_LAST=channels_last,
+        COMPUTE=triton_dtype(dtype),
+        REGION=REGION,
+        ROWS=TILE_ROWS,
+        COLUMNS=TILE_COLUMNS,
+        CHANNELS=block,
+        UNROLL=BINS_IN_FLIGHT,
+        num_warps=1,
+        enable_fp_fusion=False,
+    )
+    return count_regions(shape), ceil_div(channels, block), launch
+
+
 def launch_roi_pool_backward(
     grad: Tensor, boxes: Tensor, argmax: Tensor, shape: PyramidShape, channels_last: bool, spec: RoIPoolSpec
 ) -> list[Tensor]:
     """Gradients of the levels."""
     grads = shape.empty_features(grad, channels_last)
-    regions, channels = count_regions(shape), grad.shape[1]
-    if not regions or not channels:
+    if not any(output.numel() for output in grads):
         return grads
-    block = min(CHANNELS_PER_PROGRAM[grad.element_size()], next_power_of_2(channels))
-    block = min(block, MAX_CHANNELS_ON_HIP) if target_backend() == "hip" else block
-    tiles = REGION // TILE_ROWS * (REGION // TILE_COLUMNS)
     grad = grad.contiguous(memory_format=torch.channels_last)
     argmax = argmax.contiguous(memory_format=torch.channels_last)
-    windows = round_boxes(boxes.contiguous(), shape, spec)
-    step = min(regions, max(1, MAX_LIST_ENTRIES // max(len(boxes), 1)))
-    for first_region in range(0, regions, step):
-        in_launch = min(step, regions - first_region)
-        listed, counts = list_boxes_by_region(windows, shape, first_region, in_launch)
-        with on_device_of(grad):
-            _roi_pool_backward_kernel[(in_launch * tiles, ceil_div(channels, block))](
-                grad,
-                argmax,
-                windows,
-                listed,
-                counts,
-                tuple(grads),
-                shape.kernel_sizes(),
-                len(boxes),
-                shape.num_images,
-                first_region,
-                C=channels,
-                PH=spec.pooled_height,
-                PW=spec.pooled_width,
-                CHANNELS_LAST=channels_last,
-                COMPUTE=triton_dtype(grad.dtype),
-                REGION=REGION,
-                ROWS=TILE_ROWS,
-                COLUMNS=TILE_COLUMNS,
-                CHANNELS=block,
-                UNROLL=BINS_IN_FLIGHT,
-                num_warps=1,
-                enable_fp_fusion=False,
-            )
+    outputs, num_boxes = tuple(grads), boxes.shape[0]
+    tiles = REGION // TILE_ROWS * (REGION // TILE_COLUMNS)
+    with on_device_of(grad):
+        regions, channel_blocks, launch = _prepared(
+            spec, shape, grad.shape[1], grad.dtype, channels_last, current_device()
+        )
+        windows = round_boxes(boxes.contiguous(), shape, spec)
+        step = min(regions, max(1, MAX_LIST_ENTRIES // max(num_boxes, 1)))
+        for first_region in range(0, regions, step):
+            in_launch = min(step, regions - first_region)
+            listed, counts = list_boxes_by_region(windows, shape, first_region, in_launch)
+            grid = in_launch * tiles, channel_blocks
+            launch(grid, grad, argmax, windows, listed, counts, outputs, num_boxes, first_region)
     return grads

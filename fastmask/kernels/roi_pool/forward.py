@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from fastmask.kernels._launch import Launch
 from fastmask.kernels._runtime import (
     ceil_div,
     is_channels_last,
     jit,
     next_power_of_2,
     on_device_of,
-    pack_size,
     tl,
     triton_dtype,
 )
+from fastmask.kernels.roi_align.levels import pyramid_numbers
 from fastmask.kernels.roi_pool.geometry import bin_edges, lowest_feature, position_dtype, window_of
 
 if TYPE_CHECKING:
@@ -84,35 +86,43 @@ def _roi_pool_kernel(
         tl.store(argmax + bin + q * C + channel, winner, mask=mask)
 
 
+@lru_cache(maxsize=1024)
+def _prepared(
+    spec: RoIPoolSpec, shapes: tuple[torch.Size, ...], dtype: torch.dtype, box_dtype: torch.dtype
+) -> tuple[int, Launch]:
+    """The blocks of channels, and the launch."""
+    num_images, channels = shapes[0][:2]
+    levels = [(height, width) for _, _, height, width in shapes]
+    block = min(CHANNELS_PER_PROGRAM, next_power_of_2(channels))
+    launch = Launch(
+        _roi_pool_kernel,
+        *pyramid_numbers(spec, num_images, levels),
+        C=channels,
+        PH=spec.pooled_height,
+        PW=spec.pooled_width,
+        THRESHOLDS=spec.thresholds(box_dtype),
+        COMPUTE=triton_dtype(dtype),
+        POSITION=position_dtype(levels, dtype),
+        LOWEST=lowest_feature(dtype),
+        CHANNELS=block,
+        UNROLL=PIXELS_IN_FLIGHT,
+        num_warps=1,
+        enable_fp_fusion=False,
+    )
+    return ceil_div(channels, block), launch
+
+
 def launch_roi_pool(features: Sequence[Tensor], boxes: Tensor, spec: RoIPoolSpec) -> tuple[Tensor, Tensor]:
     """Pooled features, and which pixel each is, or -1."""
     output, argmax = spec.empty_outputs(features, boxes)
     if not output.numel():
         return output, argmax
-    channels = features[0].shape[1]
-    sizes = [(feature.shape[2], feature.shape[3]) for feature in features]
-    block = min(CHANNELS_PER_PROGRAM, next_power_of_2(channels))
+    shapes = tuple([feature.shape for feature in features])
+    channel_blocks, launch = _prepared(spec, shapes, output.dtype, boxes.dtype)
     # Channels innermost, and transposed once: a bin of an NCHW output is a sector of 32 bytes for each channel.
     pooled = output if is_channels_last(output) else torch.empty_like(output, memory_format=torch.channels_last)
+    features = tuple([feature.contiguous(memory_format=torch.channels_last) for feature in features])
     with on_device_of(boxes):
-        _roi_pool_kernel[(len(boxes) * spec.pooled_height, ceil_div(channels, block))](
-            tuple(feature.contiguous(memory_format=torch.channels_last) for feature in features),
-            boxes.contiguous(),
-            pooled,
-            argmax,
-            tuple(pack_size(*size) for size in sizes),
-            features[0].shape[0],
-            spec.scale_bits(),
-            C=channels,
-            PH=spec.pooled_height,
-            PW=spec.pooled_width,
-            THRESHOLDS=spec.thresholds(boxes.dtype),
-            COMPUTE=triton_dtype(output.dtype),
-            POSITION=position_dtype(sizes, output.dtype),
-            LOWEST=lowest_feature(output.dtype),
-            CHANNELS=block,
-            UNROLL=PIXELS_IN_FLIGHT,
-            num_warps=1,
-            enable_fp_fusion=False,
-        )
+        grid = boxes.shape[0] * spec.pooled_height, channel_blocks
+        launch(grid, features, boxes.contiguous(), pooled, argmax)
     return output if pooled is output else output.copy_(pooled), argmax

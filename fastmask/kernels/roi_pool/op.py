@@ -21,7 +21,7 @@ class RoIPoolSpec(NamedTuple):
 
     pooled_height: Size
     pooled_width: Size
-    spatial_scales: list[float]
+    spatial_scales: Sequence[float]  # a tuple, except in a public function
     canonical_box_size: float = 224.0
     canonical_level: int = 4
     level_rounding: str = "torchvision"

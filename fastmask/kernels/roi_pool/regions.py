@@ -7,13 +7,16 @@ and programs that take long must not start last.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from fastmask.kernels._runtime import ceil_div, jit, on_device_of, tl, triton_dtype
+from fastmask.kernels._launch import Launch
+from fastmask.kernels._runtime import ceil_div, jit, tl, triton_dtype
 from fastmask.kernels.roi_align.geometry import size_of
+from fastmask.kernels.roi_align.levels import pyramid_numbers
 from fastmask.kernels.roi_pool.geometry import bin_edges, position_dtype, window_of
 
 if TYPE_CHECKING:
@@ -42,8 +45,8 @@ def _near(start, bin_size):
 def _round_boxes_kernel(
     boxes,  # [K, 5] of COMPUTE
     windows,  # [K, 9] int32, see `extents_of` and `bins_reaching`
-    sizes,  # L packed (H_l, W_l)
     num_boxes,
+    sizes,  # L packed (H_l, W_l)
     num_images,
     scales,  # L float64 bits
     PH: tl.constexpr,
@@ -110,10 +113,10 @@ def _list_boxes_by_region_kernel(
     windows,  # [K, 9] int32
     listed,  # [regions, K] int32
     counts,  # [regions] int32
-    sizes,  # L packed (H_l, W_l)
     num_boxes,
-    num_images,
     first_region,
+    sizes,  # L packed (H_l, W_l)
+    num_images,
     REGION: tl.constexpr,
     STEP: tl.constexpr,
 ):
@@ -139,47 +142,49 @@ def count_regions(shape: PyramidShape) -> int:
     return shape.num_images * sum(ceil_div(height, REGION) * ceil_div(width, REGION) for height, width in shape.levels)
 
 
+@lru_cache(maxsize=1024)
+def _prepared_rounding(shape: PyramidShape, spec: RoIPoolSpec, dtype: torch.dtype) -> Launch:
+    return Launch(
+        _round_boxes_kernel,
+        *pyramid_numbers(spec, shape.num_images, shape.levels),
+        PH=spec.pooled_height,
+        PW=spec.pooled_width,
+        THRESHOLDS=spec.thresholds(dtype),
+        COMPUTE=triton_dtype(dtype),
+        POSITION=position_dtype(shape.levels, dtype),
+        BOXES=BOXES_PER_PROGRAM,
+        num_warps=1,
+        enable_fp_fusion=False,
+    )
+
+
 def round_boxes(boxes: Tensor, shape: PyramidShape, spec: RoIPoolSpec) -> Tensor:
-    """The rounded windows `[K, 9]` of contiguous boxes `[K, 5]`, int32."""
-    windows = torch.empty(len(boxes), WINDOW, dtype=torch.int32, device=boxes.device)
-    if len(boxes):
-        with on_device_of(boxes):
-            _round_boxes_kernel[(ceil_div(len(boxes), BOXES_PER_PROGRAM),)](
-                boxes,
-                windows,
-                shape.kernel_sizes(),
-                len(boxes),
-                shape.num_images,
-                spec.scale_bits(),
-                PH=spec.pooled_height,
-                PW=spec.pooled_width,
-                THRESHOLDS=spec.thresholds(boxes.dtype),
-                COMPUTE=triton_dtype(boxes.dtype),
-                POSITION=position_dtype(shape.levels, boxes.dtype),
-                BOXES=BOXES_PER_PROGRAM,
-                num_warps=1,
-                enable_fp_fusion=False,
-            )
+    """The rounded windows `[K, 9]` of contiguous boxes `[K, 5]`, int32. Their device is current."""
+    num_boxes = boxes.shape[0]
+    windows = torch.empty((num_boxes, WINDOW), dtype=torch.int32, device=boxes.device)
+    if num_boxes:
+        launch = _prepared_rounding(shape, spec, boxes.dtype)
+        launch((ceil_div(num_boxes, BOXES_PER_PROGRAM),), boxes, windows, num_boxes)
     return windows
+
+
+@lru_cache(maxsize=1024)
+def _prepared_lists(shape: PyramidShape, step: int) -> Launch:
+    return Launch(
+        _list_boxes_by_region_kernel, shape.kernel_sizes(), shape.num_images, REGION=REGION, STEP=step, num_warps=1
+    )
 
 
 def list_boxes_by_region(
     windows: Tensor, shape: PyramidShape, first_region: int, num_regions: int
 ) -> tuple[Tensor, Tensor]:
-    """The boxes that reach each of `num_regions` regions, ascending: `listed [regions, K]` and `counts [regions]`."""
-    listed = torch.empty(num_regions, len(windows), dtype=torch.int32, device=windows.device)
-    counts = torch.empty(num_regions, dtype=torch.int32, device=windows.device)
-    with on_device_of(windows):
-        _list_boxes_by_region_kernel[(num_regions,)](
-            windows,
-            listed,
-            counts,
-            shape.kernel_sizes(),
-            len(windows),
-            shape.num_images,
-            first_region,
-            REGION=REGION,
-            STEP=BOXES_PER_STEP,
-            num_warps=1,
-        )
+    """The boxes that reach each of `num_regions` regions, ascending: `listed [regions, K]` and `counts [regions]`.
+
+    The device of `windows` is current.
+    """
+    num_boxes, device = windows.shape[0], windows.device
+    listed = torch.empty((num_regions, num_boxes), dtype=torch.int32, device=device)
+    counts = torch.empty(num_regions, dtype=torch.int32, device=device)
+    launch = _prepared_lists(shape, BOXES_PER_STEP)
+    launch((num_regions,), windows, listed, counts, num_boxes, first_region)
     return listed, counts
