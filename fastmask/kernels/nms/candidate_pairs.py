@@ -32,7 +32,7 @@ class CandidatePairs(NamedTuple):
     order: Tensor  # [U] indices of the boxes that have an area, sorted by group first
     first: Tensor  # [R]
     start: Tensor  # [R] position of the first second
-    count: Tensor  # [R] its number of seconds
+    partners: Tensor  # [R] its number of seconds
 
 
 def find_candidate_pairs(extent: Tensor, area: Tensor, group: Tensor | None, threshold: float) -> CandidatePairs:
@@ -49,7 +49,7 @@ def find_candidate_pairs(extent: Tensor, area: Tensor, group: Tensor | None, thr
         none = area.new_empty(0, dtype=torch.int64)
         return CandidatePairs(none, none, none, none)
     centre -= centre.min()
-    spread = centre.max()
+    spread = float(centre.max())
     if group is not None:
         area_class -= area_class.min()
         area_class += group * (area_class.max() + 2)  # the next class of a group's last one is empty

@@ -177,7 +177,7 @@ def _keep(boxes: Tensor, group: Tensor | None, threshold: float) -> Tensor:
 
 def _keep_by_pairs_or_blocks(boxes: _Boxes, threshold: float) -> Tensor:
     pairs = find_candidate_pairs(boxes.extent, boxes.area, None, threshold)
-    if pairs.count.sum() <= _max_pairs(len(boxes.area)):
+    if pairs.partners.sum() <= _max_pairs(len(boxes.area)):
         return _keep_by_pairs(boxes, pairs, threshold)
     return _keep_by_blocks(boxes, threshold)[0]
 
@@ -189,11 +189,11 @@ def _keep_groups(boxes: _Boxes, threshold: float) -> Tensor:
     pairs = find_candidate_pairs(extent, area, group, threshold)
     group_of_range = group[pairs.order[pairs.first]]
     size = group.bincount()
-    count = torch.zeros_like(size).index_add_(0, group_of_range, pairs.count)
+    count = torch.zeros_like(size).index_add_(0, group_of_range, pairs.partners)
     limit = torch.tensor([_max_pairs(members) for members in size.tolist()], device=size.device)
     crowds = (count > limit).nonzero()[:, 0]
-    listed = pairs.count.where(~torch.isin(group_of_range, crowds), 0) if len(crowds) else pairs.count
-    keep = _keep_by_pairs(boxes, pairs._replace(count=listed), threshold)
+    listed = pairs.partners.where(~torch.isin(group_of_range, crowds), 0) if len(crowds) else pairs.partners
+    keep = _keep_by_pairs(boxes, pairs._replace(partners=listed), threshold)
     for crowd in crowds:
         members = (group == crowd).nonzero()[:, 0]
         keep[members] = _keep_by_blocks(_Boxes(extent[:, members], area[members], None), threshold)[0]

@@ -117,7 +117,7 @@ def roi_pool_backward_reference(
         for k in _pieces(on_level, len(boxes), step) if len(table) else ():
             values = grad[k].permute(0, 2, 3, 1).flatten(0, 2).to(table.dtype)
             winner, won = _winners(argmax[k], image[k] * (height * width))
-            table.scatter_add_(0, winner, values if won is None else values.where(won, 0))
+            table.scatter_add_(0, winner, values if won.all() else values.where(won, 0))
         level = rows.permute(0, 3, 1, 2).to(grad.dtype)
         grads.append(level if channels_last else level.contiguous())
     return grads
@@ -133,17 +133,13 @@ def gather_winners(features: Sequence[Tensor], boxes: Tensor, argmax: Tensor, sp
         if not feature.numel():
             continue
         on_level = argmax.where((level == index)[:, None, None, None], -1)
-        winner, won = _winners(on_level, image * (feature.shape[2] * feature.shape[3]), check=False)
+        winner, won = _winners(on_level, image * (feature.shape[2] * feature.shape[3]))
         gathered += feature.permute(0, 2, 3, 1).flatten(0, 2).gather(0, winner).where(won, 0)
     return gathered.unflatten(0, (len(argmax), *argmax.shape[2:])).permute(0, 3, 1, 2)
 
 
-def _winners(argmax: Tensor, first_pixel: Tensor, check: bool = True) -> tuple[Tensor, Tensor | None]:
-    """Rows of the level's table that argmax names, int64 `[K * PH * PW, C]`, 0 for none, and which there are.
-
-    With `check`, which synchronises, None stands for all of them.
-    """
+def _winners(argmax: Tensor, first_pixel: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of the level's table that argmax names, int64 `[K * PH * PW, C]`, 0 for none, and which there are."""
     winner = argmax.permute(0, 2, 3, 1)
-    won = None if check and not (winner < 0).any() else winner >= 0
-    row = (winner if won is None else winner.clamp(min=0)) + first_pixel[:, None, None, None]
-    return row.flatten(0, 2), None if won is None else won.flatten(0, 2)
+    row = winner.clamp(min=0) + first_pixel[:, None, None, None]
+    return row.flatten(0, 2), (winner >= 0).flatten(0, 2)
