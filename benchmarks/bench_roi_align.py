@@ -34,7 +34,17 @@ from benchmarks.harness.pooling import (
     torchvision_ops,
     torchvision_provider,
 )
-from benchmarks.harness.workloads import ADVERSARIAL, C4, DTYPES, IMAGE, LAYOUTS, STRIDES, objects, pyramid
+from benchmarks.harness.workloads import (
+    ADVERSARIAL,
+    C4,
+    CHANNELS,
+    DTYPES,
+    IMAGE,
+    LAYOUTS,
+    STRIDES,
+    objects,
+    pyramid,
+)
 from benchmarks.reporting.results import FASTMASK
 from fastmask.kernels.roi_align.op import RoIAlignSpec
 from fastmask.kernels.roi_align.reference import roi_align_reference
@@ -267,10 +277,13 @@ def _compile_case(
     *,
     of_features: bool = False,
     of_boxes: bool = False,
+    channels: int = CHANNELS,
+    channels_last: bool = True,
 ) -> Call:
     """Box or mask pooling over P2-P5 of 800 x 1344 images, with a peer's defaults, and the gradients asked for."""
     features = [
-        meta(images, 256, 800 // stride, 1344 // stride, dtype=DTYPES[dtype], channels_last=True) for stride in STRIDES
+        meta(images, channels, 800 // stride, 1344 // stride, dtype=DTYPES[dtype], channels_last=channels_last)
+        for stride in STRIDES
     ]
     ratio, aligned = {"torchvision": (2, False), "detectron2": (0, True)}[sampling]
     arguments = {
@@ -317,6 +330,18 @@ OPERATOR = Operator(
         )
         for sampling in ("torchvision", "detectron2")
         for reduction, dtype in (("mean", "bfloat16"), ("mean", "float32"), ("max", "bfloat16"))
+    }
+    | {
+        f"1024 RoIs 7x7, {sampling}, {variant}, {dtype}": partial(
+            _compile_case, dtype, sampling, 2, 1024, 7, of_features=True, **options
+        )
+        for sampling, variant, options in (
+            ("torchvision", "max", {"reduction": "max"}),
+            ("detectron2", "max", {"reduction": "max"}),
+            ("torchvision", "NCHW", {"channels_last": False}),
+            ("torchvision", "300 channels", {"channels": 300}),
+        )
+        for dtype in ("bfloat16", "float32")
     },
     limits={
         "_list_boxes_by_level_kernel": {"cuda": Limit(48), "hip": Limit(40)},
