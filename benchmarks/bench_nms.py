@@ -267,12 +267,19 @@ OPERATOR = operators.Operator(
         "NMS of 2000 by class": partial(_compile_case, 1, 2000, 2000, by_class=True),
     },
     limits={
-        "gather_boxes_kernel": {"cuda": operators.Limit(24), "hip": operators.Limit(16)},
-        "rank_boxes_kernel": {"cuda": operators.Limit(48), "hip": operators.Limit(24)},
-        "scan_bits_kernel": {"cuda": operators.Limit(168), "hip": operators.Limit(120)},
-        "scan_boxes_kernel": {"cuda": operators.Limit(88), "hip": operators.Limit(88)},
-        "suppress_later_kernel": {"cuda": operators.Limit(40), "hip": operators.Limit(24)},
-        "suppression_bits_kernel": {"cuda": operators.Limit(48), "hip": operators.Limit(56)},
+        "gather_boxes_kernel": {"cuda": operators.Limit(24, slow_paths=0), "hip": operators.Limit(16)},
+        "rank_boxes_kernel": {"cuda": operators.Limit(48, slow_paths=0), "hip": operators.Limit(24)},
+        "scan_bits_kernel": {"cuda": operators.Limit(168, slow_paths=0), "hip": operators.Limit(120)},
+        "scan_boxes_kernel": {"cuda": operators.Limit(88, slow_paths=0), "hip": operators.Limit(88)},
+        "suppress_later_kernel": {"cuda": operators.Limit(40, slow_paths=0), "hip": operators.Limit(32)},
+        "suppression_bits_kernel": {
+            "cuda": operators.Limit(
+                48,
+                slow_paths=0,
+                for_cases={"float64": operators.Limit(56)},  # IoUs of float64 boxes are divided
+            ),
+            "hip": operators.Limit(64),
+        },
     },
     check_random=_check_random,
     models=model_nms.MODELS,

@@ -107,7 +107,7 @@ class _Segments:
 
 
 def _segments(counts: Tensor, limit: int, slots: int) -> _Segments:
-    in_long_lists = int(counts[counts > limit].sum())
+    in_long_lists = int(counts[counts > limit].sum()) if slots else 0
     length = max(-(-2 * in_long_lists // slots), limit) if in_long_lists else 0
     split = (counts > length) if length else torch.zeros_like(counts, dtype=torch.bool)
     windows = [min(length, count - at) for count in counts[split].tolist() for at in range(0, count, length)]
@@ -135,7 +135,7 @@ def _list_windows(launch: Launch) -> Work:
         down = torch.nn.functional.pad(of_group.y.windows, padding).unflatten(1, (-1, a["STEP"]))
         across = torch.nn.functional.pad(of_group.x.windows, padding).unflatten(1, (-1, a["STEP"]))
         down, across = (reached * down[:, None]).amax(3), (reached * across[None]).amax(3)  # of each step
-        in_group = of_group.reached[:, :, 0].numel() if boxes else of_group.reached.shape[0] * of_group.reached.shape[1]
+        in_group = of_group.reached.shape[0] * of_group.reached.shape[1]
         tiles += in_group
         listed += in_group * boxes
         steps += in_group * reached.shape[2]
@@ -186,10 +186,8 @@ def _segment_sums(launch: Launch) -> Work:
 def _backward(launch: Launch) -> Work:
     a = launch.arguments
     windows = _windows(launch)
-    tiles = len(windows.counts)
-    blocks = launch.programs // tiles
     slots = len(a["workspace"]) // (TILE * TILE * a["C"])
-    segments = _segments(windows.counts, a["SEGMENT"], slots) if slots else _segments(windows.counts * 0, 1, 1)
+    segments = _segments(windows.counts, a["SEGMENT"], slots)
     here = windows.counts[~segments.split]
     trips = _of_windows(launch, windows, float(here.sum()) / max(len(here), 1))
     outputs = sum(output.nbytes for output in a["outputs"])
@@ -220,8 +218,7 @@ def _of_windows(launch: Launch, windows: _Windows, walked: float) -> dict[str, f
     if a["REDUCTION"] == "max":
         trips["sum_windows.bin"] = float(WINDOW * WINDOW)
     elif a["RATIO"] == 0:
-        more = windows.more_rows / windows.total, windows.more_columns / windows.total
-        trips["_axis_weights.i"] = more
+        trips["_axis_weights.i"] = windows.more_rows / windows.total, windows.more_columns / windows.total
     return trips
 
 

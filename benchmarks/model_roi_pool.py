@@ -128,9 +128,7 @@ def _backward(launch: Launch) -> Work:
     gradients = len(a["windows"]) * a["PH"] * a["PW"] * row_bytes
     return Work(
         hbm_bytes=bytes_that_move(launch, "backward", outputs, gradients),
-        l2_bytes=bins * row_bytes
-        + blocks * (entries * (4 + WINDOW_BYTES))
-        + sum(output.nbytes for output in outputs),
+        l2_bytes=bins * row_bytes + blocks * (entries * (4 + WINDOW_BYTES)) + sum(output.nbytes for output in outputs),
         trips={"entry": entries / tiles, "first": steps / visits},
         branches={
             "if (top >= height)": 1 - tiles * blocks / launch.programs,

@@ -313,8 +313,8 @@ Written by `{COMMAND}` with triton {triton.__version__}, without a GPU, and chec
 Registers are per thread, shared memory (bytes) is per program. Occupancy is the fraction of a multiprocessor's warps
 that registers and shared memory let be resident. Instructions are counted as they stand in the code; "loops" has
 those of each loop, and in brackets those of the loops that it contains. Slow paths are calls of divisions and roots for
-operands such as denormal numbers, in brackets those in loops; what they call is not counted. Loads and stores are those of global memory, 128-bit
-ones before the slash and narrower ones after it; "matrix" are those of the tensor cores.
+operands such as denormal numbers, in brackets those in loops; what they call is not counted. Loads and stores are those
+of global memory, 128-bit ones before the slash and narrower ones after it; "matrix" are those of the tensor cores.
 
 A model says how long the binaries for sm_90 take on a device, in microseconds, and what bounds them, without
 running them: "instructions" are those that a warp executes with the boxes of the benchmark, in the mean. Time is the
