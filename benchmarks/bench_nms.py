@@ -271,12 +271,12 @@ OPERATOR = operators.Operator(
         "rank_boxes_kernel": {"cuda": operators.Limit(48, slow_paths=0), "hip": operators.Limit(24)},
         "scan_bits_kernel": {"cuda": operators.Limit(168, slow_paths=0), "hip": operators.Limit(120)},
         "scan_boxes_kernel": {"cuda": operators.Limit(88, slow_paths=0), "hip": operators.Limit(88)},
-        "suppress_later_kernel": {"cuda": operators.Limit(40, slow_paths=0), "hip": operators.Limit(32)},
+        "suppress_later_kernel": {"cuda": operators.Limit(48, slow_paths=0), "hip": operators.Limit(32)},
         "suppression_bits_kernel": {
             "cuda": operators.Limit(
                 48,
                 slow_paths=0,
-                for_cases={"float64": operators.Limit(56)},  # IoUs of float64 boxes are divided
+                for_cases={"float64": operators.Limit(48)},  # IoUs of float64 boxes are divided
             ),
             "hip": operators.Limit(64),
         },

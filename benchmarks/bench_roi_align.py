@@ -322,14 +322,14 @@ LIMITS: dict[str, dict[Backend, Limit]] = {
     "list_windows_kernel": {"cuda": Limit(64, slow_paths=0, occupancy=0.5), "hip": Limit(40)},
     "segment_sums_kernel": {
         "cuda": Limit(
-            216,
+            224,
             wide_loads=True,
             wide_stores=True,
             slow_paths=0,
             for_cases={
-                "detectron2, max": Limit(168, wide_stores=True, loop_slow_paths=4),
-                "detectron2": Limit(216, wide_loads=True, wide_stores=True, loop_slow_paths=4),
-                "max": Limit(168, wide_stores=True, slow_paths=0),
+                "detectron2, max": Limit(216, wide_stores=True, loop_slow_paths=4),
+                "detectron2": Limit(224, wide_loads=True, wide_stores=True, loop_slow_paths=4),
+                "max": Limit(256, wide_stores=True, slow_paths=0),
                 "300 channels, bfloat16": Limit(80, wide_stores=True, slow_paths=0),
             },
         ),
@@ -343,15 +343,16 @@ LIMITS: dict[str, dict[Backend, Limit]] = {
             slow_paths=0,
             for_cases={
                 "detectron2": Limit(208, wide_loads=True, wide_stores=True, loop_slow_paths=4),
+                "max": Limit(256, wide_loads=True, wide_stores=True, slow_paths=0),
                 "NCHW": Limit(256, wide_loads=True, slow_paths=0),
                 "300 channels, bfloat16": Limit(80, wide_loads=True, slow_paths=0),
             },
         ),
-        "hip": Limit(192),
+        "hip": Limit(192, wide_loads=True, for_cases={"max": Limit(192)}),
     },
     "_roi_align_box_backward_kernel": {
         "cuda": Limit(
-            96,
+            128,
             wide_loads=True,
             slow_paths=0,
             for_cases={"detectron2": Limit(128, wide_loads=True, loop_slow_paths=0)},

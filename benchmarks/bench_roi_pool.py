@@ -197,16 +197,16 @@ LIMITS: dict[str, dict[Backend, Limit]] = {
     "_list_boxes_by_region_kernel": {"cuda": Limit(56, slow_paths=0), "hip": Limit(24)},
     "_roi_pool_backward_kernel": {
         "cuda": Limit(
-            104,
+            128,
             wide_loads=True,
             wide_stores=True,
             slow_paths=0,
             for_cases={
                 "NCHW": Limit(256, wide_loads=True, slow_paths=0),
-                "300 channels": Limit(104, slow_paths=0),
+                "300 channels": Limit(128, slow_paths=0),
             },
         ),
-        "hip": Limit(48, wide_stores=True, for_cases={"NCHW": Limit(48), "300 channels": Limit(48)}),
+        "hip": Limit(48, wide_stores=True, for_cases={"NCHW": Limit(56), "300 channels": Limit(48)}),
     },
     "_roi_pool_kernel": {
         # 32 programs of a warp share a multiprocessor.

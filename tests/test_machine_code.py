@@ -180,7 +180,7 @@ def test_slow_paths_before_a_loop_are_not_in_it(architecture):
 def test_a_branch_that_returns_falls_through_where_its_condition_does_not_hold(architecture):
     code = code_of(architecture, launch_leaving)
     last = [(number, block[-1]) for number, block in enumerate(code.blocks) if block and block[-1].conditional]
-    found = [(number, i.line[0], branch) for number, i in last if (branch := branch_of(i.line))]
+    found = [(number, i.line[0], branch) for number, i in last if i.line and (branch := branch_of(i.line))]
     assert [branch.name for _, _, branch in found] == ["if tl.load(source + rows) > 3"]
     number, path, branch = found[0]
     assert not taken_first(code, number, branch, path)
@@ -190,7 +190,7 @@ def test_a_branch_that_returns_falls_through_where_its_condition_does_not_hold(a
 def test_branches_have_the_conditions_of_the_source(architecture):
     code = code_of(architecture, launch_nested)
     last = [(number, block[-1]) for number, block in enumerate(code.blocks) if block and block[-1].conditional]
-    found = [(number, i.line[0], branch) for number, i in last if (branch := branch_of(i.line))]
+    found = [(number, i.line[0], branch) for number, i in last if i.line and (branch := branch_of(i.line))]
     assert [branch.name for _, _, branch in found] == ["if tl.load(source + rows) > 3"] * len(found)
     number, path, branch = found[0]
     assert taken_first(code, number, branch, path)
