@@ -213,12 +213,23 @@ def _calls(device: str, seed: int) -> list[operators.Call]:
     ]
 
 
-def _compile_case(segments: int, boxes: int, max_output: int, score_threshold: float | None = None) -> operators.Call:
-    """Padded proposals of several levels, or one list; with a score threshold, detections by class."""
+def _compile_case(
+    segments: int,
+    boxes: int,
+    max_output: int,
+    score_threshold: float | None = None,
+    dtype: torch.dtype = torch.float32,
+    *,
+    by_class: bool = False,
+) -> operators.Call:
+    """Padded proposals of several levels, or one list, or detections by class."""
     meta, arguments = operators.meta, {"iou_threshold": 0.5, "max_output": max_output}
-    classes = None if score_threshold is None else meta(segments, boxes, dtype=torch.int64)
-    counts = meta(segments, dtype=torch.int64) if segments > 1 else None
-    tensors = {"boxes": meta(segments, boxes, 4), "scores": meta(segments, boxes), "classes": classes, "counts": counts}
+    tensors = {
+        "boxes": meta(segments, boxes, 4, dtype=dtype),
+        "scores": meta(segments, boxes, dtype=dtype),
+        "classes": meta(segments, boxes, dtype=torch.int64) if by_class else None,
+        "counts": meta(segments, dtype=torch.int64) if segments > 1 else None,
+    }
     return operators.Call(fastmask.nms_padded, tensors | arguments | {"score_threshold": score_threshold})
 
 
@@ -250,15 +261,25 @@ OPERATOR = operators.Operator(
         "NMS of 5x1000": partial(_compile_case, 5, 1000, 1000),
         "NMS of 5x2000": partial(_compile_case, 5, 2000, 2000),
         "NMS of 10000": partial(_compile_case, 1, 10000, 10000),
-        "NMS of 80000 by class, 100 kept": partial(_compile_case, 1, 80000, 100, 0.05),
+        "NMS of 80000 by class, 100 kept": partial(_compile_case, 1, 80000, 100, 0.05, by_class=True),
+        "NMS of 5x1000, float64": partial(_compile_case, 5, 1000, 1000, dtype=torch.float64),
+        "NMS of 10000 by class": partial(_compile_case, 1, 10000, 10000, by_class=True),
+        "NMS of 2000 by class": partial(_compile_case, 1, 2000, 2000, by_class=True),
     },
     limits={
-        "gather_boxes_kernel": {"cuda": operators.Limit(24), "hip": operators.Limit(16)},
-        "rank_boxes_kernel": {"cuda": operators.Limit(48), "hip": operators.Limit(24)},
-        "scan_bits_kernel": {"cuda": operators.Limit(168), "hip": operators.Limit(120)},
-        "scan_boxes_kernel": {"cuda": operators.Limit(88), "hip": operators.Limit(88)},
-        "suppress_later_kernel": {"cuda": operators.Limit(40), "hip": operators.Limit(24)},
-        "suppression_bits_kernel": {"cuda": operators.Limit(48), "hip": operators.Limit(56)},
+        "gather_boxes_kernel": {"cuda": operators.Limit(24, slow_paths=0), "hip": operators.Limit(16)},
+        "rank_boxes_kernel": {"cuda": operators.Limit(48, slow_paths=0), "hip": operators.Limit(24)},
+        "scan_bits_kernel": {"cuda": operators.Limit(168, slow_paths=0), "hip": operators.Limit(120)},
+        "scan_boxes_kernel": {"cuda": operators.Limit(88, slow_paths=0), "hip": operators.Limit(88)},
+        "suppress_later_kernel": {"cuda": operators.Limit(48, slow_paths=0), "hip": operators.Limit(32)},
+        "suppression_bits_kernel": {
+            "cuda": operators.Limit(
+                48,
+                slow_paths=0,
+                for_cases={"float64": operators.Limit(48)},  # IoUs of float64 boxes are divided
+            ),
+            "hip": operators.Limit(64),
+        },
     },
     check_random=_check_random,
     models=model_nms.MODELS,

@@ -208,7 +208,10 @@ OPERATOR = operators.Operator(
         "100 masks 28x28, torchvision, probabilities": partial(_compile_case, None, "torchvision"),
     },
     limits={
-        "_paste_masks_kernel": {"cuda": operators.Limit(72, wide_stores=True), "hip": operators.Limit(64)},
+        "_paste_masks_kernel": {
+            "cuda": operators.Limit(72, wide_stores=True, loop_slow_paths=0),
+            "hip": operators.Limit(64),
+        },
     },
     check_random=_check_random,
     models=model_paste_masks.MODELS,

@@ -19,7 +19,7 @@ from benchmarks import model_roi_pool
 from benchmarks.harness.checks import parameters
 from benchmarks.harness.comparison import CaseOptions, Comparison
 from benchmarks.harness.machine import PEERS, peer
-from benchmarks.harness.operators import Call, Draw, Limit, Operator, meta
+from benchmarks.harness.operators import Backend, Call, Draw, Limit, Operator, meta
 from benchmarks.harness.pooling import (
     DIRECTIONS,
     Direction,
@@ -166,12 +166,10 @@ def _compile_case(dtype: str) -> Call:
     return Call(fastmask.roi_pool, arguments)
 
 
-def _compile_pyramid(dtype: str) -> Call:
+def _compile_pyramid(dtype: str, *, channels: int = CHANNELS, channels_last: bool = True) -> Call:
     """Box pooling from P2 to P5 of two 800 x 1344 images, for training."""
-    features = [
-        meta(2, CHANNELS, 800 // stride, 1344 // stride, dtype=DTYPES[dtype], channels_last=True).requires_grad_()
-        for stride in STRIDES
-    ]
+    sizes = [(2, channels, 800 // stride, 1344 // stride) for stride in STRIDES]
+    features = [meta(*size, dtype=DTYPES[dtype], channels_last=channels_last).requires_grad_() for size in sizes]
     arguments = {"features": features, "boxes": meta(1024, 5), "output_size": 7, "spatial_scales": SCALES}
     return Call(fastmask.multiscale_roi_pool, arguments)
 
@@ -195,6 +193,35 @@ def _check_random(draw: Draw, device: str) -> None:
     assert_like_torchvision(device, features, boxes, size, scale)
 
 
+LIMITS: dict[str, dict[Backend, Limit]] = {
+    "_list_boxes_by_region_kernel": {"cuda": Limit(56, slow_paths=0), "hip": Limit(24)},
+    "_roi_pool_backward_kernel": {
+        "cuda": Limit(
+            128,
+            wide_loads=True,
+            wide_stores=True,
+            slow_paths=0,
+            for_cases={
+                "NCHW": Limit(256, wide_loads=True, slow_paths=0),
+                "300 channels": Limit(128, slow_paths=0),
+            },
+        ),
+        "hip": Limit(48, wide_stores=True, for_cases={"NCHW": Limit(56), "300 channels": Limit(48)}),
+    },
+    "_roi_pool_kernel": {
+        # 32 programs of a warp share a multiprocessor.
+        "cuda": Limit(
+            64,
+            wide_loads=True,
+            wide_stores=True,
+            slow_paths=0,
+            occupancy=0.5,
+            for_cases={"300 channels": Limit(64, slow_paths=0, occupancy=0.5)},
+        ),
+        "hip": Limit(40, wide_stores=True, for_cases={"300 channels": Limit(40)}),
+    },
+    "_round_boxes_kernel": {"cuda": Limit(32, slow_paths=0), "hip": Limit(32)},
+}
 OPERATOR = Operator(
     calls=_calls,
     compile_cases={
@@ -204,19 +231,12 @@ OPERATOR = Operator(
             ("1024 RoIs 7x7, P2 to P5", _compile_pyramid),
         )
         for dtype in ("bfloat16", "float32")
+    }
+    | {
+        "1024 RoIs 7x7, P2 to P5, NCHW, bfloat16": partial(_compile_pyramid, "bfloat16", channels_last=False),
+        "1024 RoIs 7x7, P2 to P5, 300 channels, bfloat16": partial(_compile_pyramid, "bfloat16", channels=300),
     },
-    limits={
-        "_list_boxes_by_region_kernel": {"cuda": Limit(56), "hip": Limit(24)},
-        "_roi_pool_backward_kernel": {
-            "cuda": Limit(128, wide_loads=True, wide_stores=True),
-            "hip": Limit(48, wide_stores=True),
-        },
-        "_roi_pool_kernel": {
-            "cuda": Limit(64, wide_loads=True, wide_stores=True),
-            "hip": Limit(40, wide_stores=True),
-        },
-        "_round_boxes_kernel": {"cuda": Limit(32), "hip": Limit(32)},
-    },
+    limits=LIMITS,
     check_random=_check_random,
     check_large=partial(check_large_map, fastmask.roi_pool),
     variants=VARIANTS,

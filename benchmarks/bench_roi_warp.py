@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import fastmask
+from benchmarks import model_roi_align
 from benchmarks.harness.checks import parameters
 from benchmarks.harness.operators import Call, Draw, Operator, meta
 from benchmarks.harness.pooling import (
@@ -142,4 +143,5 @@ OPERATOR = Operator(
     limits={},
     check_random=_check_random,
     variants=VARIANTS,
+    models=model_roi_align.MODELS,
 )

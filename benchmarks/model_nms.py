@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from benchmarks.harness.operators import Fence, Launch, ModelTarget, Work
-from benchmarks.harness.workloads import candidates, detections
+from benchmarks.harness.workloads import CLASSES, candidates, detections
 
 RPN_THRESHOLD, CLASS_THRESHOLD = 0.7, 0.5  # of the benchmarks
 SECTOR = 32
@@ -54,14 +54,27 @@ def scan(boxes: Tensor, classes: Tensor | None, threshold: float, size: int, mos
     return Scan(count, rounds)
 
 
-@lru_cache
-def _lists(segments: int, size: int) -> list[Scan]:
+def _lists(launch: Launch) -> list[Scan]:
     """The proposals of each level of an RPN, or one list, in blocks of a word of 32 boxes."""
+    a = launch.arguments
+    return _scans(len(a["boxes"]), a["num_boxes"], a["classes"] is not None)
+
+
+@lru_cache
+def _scans(segments: int, size: int, by_class: bool) -> list[Scan]:
     scans = []
     for seed in range(segments):
         boxes, scores = candidates(size, seed=seed)
-        scans.append(scan(boxes[scores.argsort(descending=True)], None, RPN_THRESHOLD, WORD, size))
+        order = scores.argsort(descending=True)
+        classes = (torch.arange(size) % CLASSES)[order] if by_class else None
+        scans.append(scan(boxes[order], classes, CLASS_THRESHOLD if by_class else RPN_THRESHOLD, WORD, size))
     return scans
+
+
+def _box_bytes(launch: Launch) -> int:
+    """Of the sorted boxes, with their classes."""
+    a = launch.arguments
+    return 4 * a["boxes"].itemsize + (0 if a["classes"] is None else a["classes"].itemsize)
 
 
 @lru_cache
@@ -79,12 +92,12 @@ def _chunk(launch: Launch) -> tuple[int, int]:
 
 def _rank(launch: Launch) -> Work:
     a = launch.arguments
-    segments, size = a["scores"].shape
-    inputs = segments * size * (4 + 16)
-    outputs = segments * size * (8 + 16 + 8)
+    (segments, size), score = a["scores"].shape, a["scores"].itemsize
+    inputs = segments * size * (score + _box_bytes(launch))
+    outputs = segments * size * (8 + _box_bytes(launch) + 8)
     return Work(
         hbm_bytes=inputs + outputs,
-        l2_bytes=launch.programs * (size * 4 + a["ROWS"] * (16 + SECTOR + 8)) + outputs,
+        l2_bytes=launch.programs * (size * score + a["ROWS"] * (_box_bytes(launch) + SECTOR + 8)) + outputs,
         trips={"first": float(-(-a["num_rows"] // a["COLUMNS"]))},
     )
 
@@ -92,7 +105,8 @@ def _rank(launch: Launch) -> Work:
 def _gather(launch: Launch) -> Work:
     a = launch.arguments
     boxes = len(a["boxes"]) * a["num_rows"]
-    return Work(hbm_bytes=boxes * (8 + 16 + 16), l2_bytes=boxes * (8 + SECTOR + 16 + 8))
+    box = _box_bytes(launch)
+    return Work(hbm_bytes=boxes * (8 + 2 * box), l2_bytes=boxes * (8 + max(box, SECTOR) + box + 8))
 
 
 def _bits(launch: Launch) -> Work:
@@ -101,9 +115,9 @@ def _bits(launch: Launch) -> Work:
     segments, rows = _chunk(launch)
     starts, words = range(0, rows, a["ROWS"]), range(0, rows, WORD)
     tiles = sum(word + WORD - 1 > row for row in starts for word in words)
-    moved = a["ROWS"] * (16 + 4) + WORD * 16
+    moved = a["ROWS"] * (_box_bytes(launch) + 4) + WORD * _box_bytes(launch)
     return Work(
-        hbm_bytes=segments * rows * 16,
+        hbm_bytes=segments * rows * _box_bytes(launch),
         l2_bytes=segments * tiles * moved,
         trips={"j": WORD / a["STEP"]},
         branches={"if (word * 32": tiles / (len(starts) * len(words))},
@@ -114,7 +128,7 @@ def _scan_bits(launch: Launch) -> Work:
     a = launch.arguments
     segments, rows = _chunk(launch)
     begin, end = a["first"] // WORD, -(-(a["first"] + rows) // WORD)
-    scans = _lists(segments, a["num_boxes"])
+    scans = _lists(launch)
     kept = sum(part.kept[end - 1] - (part.kept[begin - 1] if begin else 0) for part in scans)
     rounds = [sum(part.rounds[begin + half : end : 2]) for part in scans for half in (0, 1)]
     blocks = -(-(end - begin) // 2)
@@ -132,12 +146,13 @@ def _scan_bits(launch: Launch) -> Work:
 def _suppress_later(launch: Launch) -> Work:
     a = launch.arguments
     following, chunk = a["first"] // WORD, a["CHUNK"] // WORD  # `first` is that of the next chunk
-    (part,) = _lists(len(a["boxes"]), a["num_boxes"])
+    (part,) = _lists(launch)
     kept = part.kept[following - 1] - (part.kept[following - 1 - chunk] if following > chunk else 0)
-    boxes = launch.programs * a["ROWS"] * (1 + 16)
+    box = _box_bytes(launch)
+    boxes = launch.programs * a["ROWS"] * (1 + box)
     return Work(
-        hbm_bytes=boxes + kept * 16,
-        l2_bytes=boxes + launch.programs * kept * 16,
+        hbm_bytes=boxes + kept * box,
+        l2_bytes=boxes + launch.programs * kept * box,
         trips={"suppressed_by_kept.first": float(-(-kept // a["STEP"]))},
     )
 
@@ -167,7 +182,12 @@ MODELS = {
     "suppress_later_kernel": _suppress_later,
     "suppression_bits_kernel": _bits,
 }
-BIT_MATRIX = ("rank_boxes_kernel", "scan_bits_kernel", "suppression_bits_kernel")
-TARGETS = (ModelTarget("NMS of 5x1000", BIT_MATRIX, 52), ModelTarget("NMS of 5x2000", BIT_MATRIX, 80))
+SORTED = ("suppression_bits_kernel", "scan_bits_kernel")  # from the sorted order on
+TARGETS = (
+    ModelTarget("NMS of 5x1000", SORTED, 25),
+    ModelTarget("NMS of 5x2000", SORTED, 40),
+    ModelTarget("NMS of 5x1000", ("rank_boxes_kernel",), 8),
+    ModelTarget("NMS of 5x2000", ("rank_boxes_kernel",), 16),
+)
 # A block reads the boxes that earlier blocks kept, which other threads stored.
 FENCES = (Fence("scan_boxes_kernel", store="tl.store(boxes + index * 4", load="tl.load(box"),)

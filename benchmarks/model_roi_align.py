@@ -1,184 +1,129 @@
-"""The static model of RoIAlign: what its kernels do with the boxes of `harness/workloads.py`."""
+"""The static model of RoIAlign: what its forward and the gradient of its boxes do with the boxes of `workloads.py`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from benchmarks import model_roi_align_backward
 from benchmarks.harness.operators import Launch, ModelTarget, Trips, Work
-from benchmarks.harness.pooling import Inputs
-from benchmarks.harness.workloads import STRIDES, objects
-from fastmask.kernels.roi_align.geometry import Level, sample_boxes, select_boxes
+from benchmarks.model_pooling import BOX_BYTES, Sizes, bytes_that_move, rois_of, sizes_of, spec_of
+from fastmask.kernels.roi_align.geometry import Level, positions_along, sample_boxes, select_boxes
 from fastmask.kernels.roi_align.op import RoIAlignSpec
 
-SCALES = [1 / stride for stride in STRIDES]
-BOX_BYTES = 20
-CACHES = 132  # L1 caches, one of each multiprocessor
-
-
-def boxes_of(images: int, count: int) -> list[Tensor]:
-    """`[K, 4]` boxes of each image."""
-    return [objects(count // images, seed=image) for image in range(images)]
-
-
-def to_rois(boxes: Sequence[Tensor]) -> Tensor:
-    """Boxes `[K, 5]`."""
-    return torch.cat([torch.nn.functional.pad(box, (1, 0), value=image) for image, box in enumerate(boxes)])
-
-
-def _sizes(features: Sequence[Tensor]) -> tuple[tuple[int, int], ...]:
-    """Height and width of each level."""
-    return tuple((feature.shape[2], feature.shape[3]) for feature in features)
+ARGMAX_BYTES = 4
 
 
 def _forward(launch: Launch) -> Work:
     a = launch.arguments
-    features = a["features"]
-    boxes = boxes_of(a["num_images"], len(a["boxes"]))
+    features, count, bins = a["features"], len(a["boxes"]), a["PH"] * a["PW"]
     row_bytes = a["C"] * features[0].itemsize
-    outputs = len(a["boxes"]) * a["PH"] * a["PW"] * row_bytes
-    moved = Inputs(features, boxes, STRIDES).bytes("forward", outputs)
-    covered = moved - outputs - sum(box.nbytes for box in boxes)
-    settings = (a["PH"], a["PW"], a["RATIO"], a["ALIGNED"])
-    bins = a["BINS"] * a["tiles_per_program"]
-    pixels, grid = _sampled(a["num_images"], len(a["boxes"]), _sizes(features), settings, bins)
-    height, width = grid.unbind(1)
+    outputs = count * bins * (row_bytes + (ARGMAX_BYTES * a["C"] if a["REDUCTION"] == "max" else 0))
+    boxes = count * BOX_BYTES
+    moved = bytes_that_move(launch, "forward", features, outputs)
+    covered = moved - outputs - boxes
+    sampled = _sampled(a["num_images"], count, sizes_of(launch), _key(spec_of(a)), a["BINS"] * a["tiles_per_program"])
+    grid = _grids(a["num_images"], count, sizes_of(launch), _key(spec_of(a)), a["BINS"])
     channel_blocks = -(-a["C"] // (a["LINES"] * a["CHANNELS"]))
-    tiles = -(-a["PH"] * a["PW"] // a["BINS"])
-    trips: dict[str, float | tuple[float, ...]] = {"tile": len(a["boxes"]) * channel_blocks * tiles / launch.programs}
+    tiles = -(-bins // a["BINS"])
+    trips: dict[str, float | tuple[float, ...]] = {"tile": count * channel_blocks * tiles / launch.programs}
     longest: Trips = {}
     if a["RATIO"] == 0:
-        trips |= {"i": float(height.mean()), "j": float((height * width).mean() / height.mean())}
-        most = int((height * width).argmax())
-        longest = {"i": float(height[most]), "j": float(width[most])}
+        trips |= _mean_grid(grid)
+        longest = _largest_grid(grid)
+    elif a["REDUCTION"] == "max":
+        trips["i"] = float(a["RATIO"])
+        if features[0].itemsize == 4:  # the compiler unrolls the columns of half precision
+            trips["j"] = float(a["RATIO"])
     return Work(
         hbm_bytes=moved,
-        l2_bytes=pixels * row_bytes + outputs + launch.programs * BOX_BYTES,
+        l2_bytes=sampled * row_bytes + outputs + launch.programs * BOX_BYTES,
         trips=trips,
         longest=longest,
         shared_bytes=covered,
-        reread_bytes=pixels * row_bytes - covered,
+        reread_bytes=sampled * row_bytes - covered,
     )
+
+
+def _box_backward(launch: Launch) -> Work:
+    a = launch.arguments
+    features, count, bins = a["features"], len(a["boxes"]), a["PH"] * a["PW"]
+    row_bytes = a["C"] * features[0].itemsize
+    read = count * bins * (row_bytes + (ARGMAX_BYTES * a["C"] if a["REDUCTION"] == "max" else 0))
+    moved = bytes_that_move(launch, "forward", features, read + a["partial"].nbytes)
+    covered = moved - read - a["partial"].nbytes - count * BOX_BYTES
+    sampled = _sampled(a["num_images"], count, sizes_of(launch), _key(spec_of(a)), a["BINS"])
+    grid = _grids(a["num_images"], count, sizes_of(launch), _key(spec_of(a)), a["BINS"])
+    return Work(
+        hbm_bytes=moved,
+        l2_bytes=sampled * row_bytes + read + launch.programs * (BOX_BYTES + 32),
+        trips=_mean_grid(grid),
+        longest=_largest_grid(grid),
+        shared_bytes=covered,
+        reread_bytes=sampled * row_bytes - covered,
+    )
+
+
+def _key(spec: RoIAlignSpec) -> tuple:
+    """The settings, hashable."""
+    return tuple(tuple(value) if isinstance(value, list) else value for value in spec)
 
 
 @lru_cache
-def _sampled(
-    images: int, count: int, sizes: tuple[tuple[int, int], ...], settings: tuple[int, int, int, bool], bins: int
-) -> tuple[int, Tensor]:
-    """Pixels that programs of `bins` bins of a box read, and the sizes of the boxes' grids, `[K, 2]`.
-
-    The pixels of a program are counted once: several bins share them.
-    """
-    pooled_height, pooled_width, ratio, aligned = settings
-    spec = RoIAlignSpec(pooled_height, pooled_width, SCALES, ratio, aligned, "mean")
-    rois = to_rois(boxes_of(images, count))
-    pixels, grids = 0, []
-    for rows, (height, width), scale in zip(select_boxes(rois, images, spec), sizes, SCALES, strict=True):
+def _sampled(images: int, count: int, sizes: Sizes, settings: tuple, bins: int) -> int:
+    """Pixels that programs of `bins` bins of a box read, those of a program once, although several bins share them."""
+    spec = RoIAlignSpec(*settings)
+    spec = spec._replace(spatial_scales=list(spec.spatial_scales))
+    rois = rois_of(images, count, spec)
+    per_box, pixels = spec.pooled_height * spec.pooled_width, 0
+    levels = zip(select_boxes(rois, images, spec), sizes, spec.spatial_scales, strict=True)
+    for rows, (height, width), scale in levels:
         samples = sample_boxes(rois[rows], Level(images, height, width, scale, spec))
-        per_box = pooled_height * pooled_width
-        box, bin = samples.bin // per_box, samples.bin % per_box
-        program = box * -(-per_box // bins) + bin // bins
+        program = samples.bin // per_box * -(-per_box // bins) + samples.bin % per_box // bins
         pixels += len((program[:, None] * (images * height * width) + samples.pixel).unique())
-        grids.append(_grid(rois[rows], scale, spec))
-    return pixels, torch.cat(grids)
+    return pixels
 
 
-def _grid(rois: Tensor, scale: float, spec: RoIAlignSpec) -> Tensor:
-    """Rows and columns of samples of a bin, `[K, 2]`, of an adaptive grid."""
-    side = (rois[:, 3:] - rois[:, 1:3]).flip(1) * scale
-    return (side / side.new_tensor([spec.pooled_height, spec.pooled_width])).ceil()
+@lru_cache
+def _grids(images: int, count: int, sizes: Sizes, settings: tuple, bins: int) -> Tensor:
+    """Rows and columns of samples that a block of `bins` bins visits, those of its largest bin: `[blocks, 2]`."""
+    spec = RoIAlignSpec(*settings)
+    spec = spec._replace(spatial_scales=list(spec.spatial_scales))
+    rois, grids = rois_of(images, count, spec), []
+    pooled = (spec.pooled_height, spec.pooled_width)
+    levels = zip(select_boxes(rois, images, spec), sizes, spec.spatial_scales, strict=True)
+    for rows, (height, width), scale in levels:
+        x1, y1, x2, y2 = (rois[rows, 1:] * scale - (0.5 if spec.aligned else 0.0)).unbind(1)
+        down = positions_along(y1, y2, pooled[0], height, spec).visited.view(-1, pooled[0])
+        across = positions_along(x1, x2, pooled[1], width, spec).visited.view(-1, pooled[1])
+        bin = torch.arange(-(-pooled[0] * pooled[1] // bins) * bins).clamp(max=pooled[0] * pooled[1] - 1)
+        visited = torch.stack([down[:, bin // pooled[1]], across[:, bin % pooled[1]]], 2)
+        grids.append(visited.unflatten(1, (-1, bins)).amax(2).flatten(0, 1))
+    return torch.cat(grids).float()
 
 
-class _Reached:
-    """Which tiles of a level the boxes of an image reach, along one axis."""
-
-    def __init__(self, start: Tensor, end: Tensor, extent: int, tile: int, aligned: bool) -> None:
-        end = end if aligned else end.maximum(start + 1)
-        self.first = torch.arange(0, extent, tile)[:, None]
-        self.hit = (end + 1 >= self.first) & (start <= self.first + tile)
-        self.start, self.end, self.tile = start, end, tile
-
-    def bins(self, count: int) -> Tensor:
-        """How many of a box's bins the backward visits in a tile, `[tiles, K]`."""
-        bin = (self.end - self.start) / count
-        low = (((self.first - 1 - self.start) / bin).floor() - 1).clamp(0, count)
-        high = (((self.first + self.tile - self.start) / bin).ceil() + 1).clamp(0, count)
-        return high - low
+def _mean_grid(grid: Tensor) -> dict[str, float | tuple[float, ...]]:
+    rows, columns = grid.unbind(1)
+    return {"i": float(rows.mean()), "j": float((rows * columns).mean() / rows.mean())}
 
 
-def _tiles(launch: Launch, spec: RoIAlignSpec) -> Iterator[tuple[Tensor, _Reached, _Reached]]:
-    """Of each level and image: the sizes of the boxes' grids, and the tiles that the boxes reach along y and x."""
-    a = launch.arguments
-    rois = to_rois(boxes_of(a["num_images"], a["num_boxes"]))
-    shift = 0.5 if spec.aligned else 0.0
-    sizes = _sizes(a["outputs"])
-    for rows, (height, width), scale in zip(select_boxes(rois, a["num_images"], spec), sizes, SCALES, strict=True):
-        for image in range(a["num_images"]):
-            of_image = rois[rows][rois[rows, 0] == image]
-            x1, y1, x2, y2 = (of_image[:, 1:] * scale - shift).unbind(1)
-            along_y = _Reached(y1, y2, height, a["TILE"], spec.aligned)
-            along_x = _Reached(x1, x2, width, a["TILE"], spec.aligned)
-            yield _grid(of_image, scale, spec), along_y, along_x
-
-
-def _list(launch: Launch) -> Work:
-    a = launch.arguments
-    boxes = a["num_boxes"] * BOX_BYTES
-    return Work(
-        hbm_bytes=boxes + 4 * launch.programs,
-        l2_bytes=boxes * CACHES + 4 * launch.programs,  # all programs of a multiprocessor read the same boxes
-        trips={"start": float(-(-a["num_boxes"] // a["STEP"]))},
-    )
-
-
-def _backward(launch: Launch) -> Work:
-    a = launch.arguments
-    spec = RoIAlignSpec(a["PH"], a["PW"], SCALES, a["RATIO"], a["ALIGNED"], "mean")
-    outputs = a["outputs"]
-    boxes = boxes_of(a["num_images"], a["num_boxes"])
-    tiles, entries, most, products, rows, columns = 0, 0.0, 0.0, 0.0, 0.0, 0.0
-    for grid, along_y, along_x in _tiles(launch, spec):
-        reached_y, across = along_y.hit.float(), along_x.hit.sum(0)  # of each box: tiles of a row that it reaches
-        counts = reached_y @ along_x.hit.float().T
-        tiles += counts.numel()
-        entries += float(counts.sum())
-        most = max(most, float(counts.max()))
-        products += float((reached_y * (along_y.bins(spec.pooled_height) / a["ROWS"]).ceil() * across).sum())
-        rows += float((reached_y.sum(0) * across * grid[:, 0]).sum())
-        columns += float((reached_y.sum(0) * across * grid[:, 1]).sum())
-    one_product = spec.pooled_height <= a["ROWS"]
-    trips: dict[str, float | tuple[float, ...]] = {"entry": entries / tiles}
-    if not one_product:
-        trips["first_p"] = products / entries
-    if spec.sampling_ratio == 0:
-        trips["_axis_weights.i"] = (columns / entries, rows / entries)
-    bins = spec.pooled_height * spec.pooled_width
-    row_bytes = a["C"] * outputs[0].itemsize
-    loaded = entries * bins if one_product else products * a["ROWS"] * spec.pooled_width
-    channel_blocks = launch.programs // tiles
-    return Work(
-        hbm_bytes=Inputs(outputs, boxes, STRIDES).bytes("backward", len(torch.cat(boxes)) * bins * row_bytes),
-        l2_bytes=loaded * row_bytes
-        + entries * channel_blocks * (BOX_BYTES + 4)
-        + sum(output.nbytes for output in outputs),
-        trips=trips,
-        longest={"entry": most},
-    )
+def _largest_grid(grid: Tensor) -> Trips:
+    rows, columns = grid[grid.prod(1).argmax()].tolist()
+    return {"i": rows, "j": columns}
 
 
 MODELS = {
-    "_list_boxes_kernel": _list,
-    "_roi_align_backward_kernel": _backward,
+    "_roi_align_box_backward_kernel": _box_backward,
     "_roi_align_forward_kernel": _forward,
+    **model_roi_align_backward.MODELS,
 }
-BACKWARD = ("_list_boxes_kernel", "_roi_align_backward_kernel")
 FORWARD = ("_roi_align_forward_kernel",)
+BACKWARD = tuple(model_roi_align_backward.MODELS)
 TARGETS = (
-    ModelTarget("1000 RoIs 7x7, torchvision, bfloat16", FORWARD, 50),
-    ModelTarget("1000 RoIs 7x7, detectron2, bfloat16", FORWARD, 105),
+    ModelTarget("1000 RoIs 7x7, torchvision, bfloat16", FORWARD, 45),
+    ModelTarget("1000 RoIs 7x7, detectron2, bfloat16", FORWARD, 90),
     ModelTarget("100 RoIs 14x14, torchvision, bfloat16", FORWARD, 20),
-    ModelTarget("1024 RoIs 7x7, torchvision, bfloat16", BACKWARD, 150),
+    ModelTarget("1024 RoIs 7x7, torchvision, bfloat16", BACKWARD, 80),
 )

@@ -97,7 +97,7 @@ CLEAN = Row(
     architecture="sm_90",
     kernel="kernel",
     cases=("case",),
-    limit=Limit(64, wide_loads=True, wide_stores=True, slow_paths=1, occupancy=0.5),
+    limit=Limit(64, wide_loads=True, wide_stores=True, slow_paths=1, loop_slow_paths=0, occupancy=0.5),
     registers=64,
     spills=0,
     stack=0,
@@ -134,6 +134,8 @@ CLEAN = Row(
         ({"wide_stores": 0, "narrow_stores": 8}, ["kernel (case) on sm_90: no 128-bit store, 8 narrower"]),
         ({"slow_paths": 2}, ["kernel (case) on sm_90: 2 slow paths, budget 1"]),
         ({"slow_paths": 2, "limit": Limit(64)}, []),
+        ({"loop_slow_paths": 1}, ["kernel (case) on sm_90: 1 slow paths in loops, budget 0"]),
+        ({"loop_slow_paths": 1, "limit": Limit(64)}, []),
         ({"occupancy": 0.25}, ["kernel (case) on sm_90: occupancy 25%, at least 50%"]),
         ({"occupancy": 0.25, "limit": Limit(64)}, []),
         ({"unfenced": ("no barrier",)}, ["kernel (case) on sm_90: no barrier"]),
@@ -160,3 +162,18 @@ def test_limits_are_those_of_the_kernel_and_the_backend(architecture, limits, bu
     launch = {"case": lambda: _copying_kernel[(1,)](source, source, BLOCK=512)}
     (row,) = measure(architecture, declared(launch, {"_copying_kernel": limits} if limits else {}))
     assert row.limit.registers == budget
+
+
+@pytest.mark.parametrize(
+    ("cases", "expected"),
+    [
+        (["7x7, mean"], 64),
+        (["7x7, max, NCHW"], 96),  # the first text that fits
+        (["7x7, max, NCHW", "14x14, max"], 96),
+        (["7x7, max, NCHW", "14x14, mean, NCHW"], 128),
+        (["7x7, max", "7x7, NCHW"], 64),  # no text fits both
+    ],
+)
+def test_limits_of_variants_are_those_of_their_cases(cases, expected):
+    limit = Limit(64, for_cases={"max": Limit(96), "NCHW": Limit(128)})
+    assert limit.of(cases).registers == expected

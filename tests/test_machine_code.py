@@ -150,17 +150,50 @@ def test_loops_have_the_names_of_the_source(architecture):
 @pytest.mark.parametrize("architecture", NVIDIA)
 def test_slow_paths_are_counted(architecture):
     code = code_of(architecture, launch_nested)
-    assert code.slow_paths == 1
+    assert (code.slow_paths, code.loop_slow_paths) == (1, 1)
+
+
+@jit(do_not_specialize=["rows"])
+def _leaving_kernel(source, target, rows, BLOCK: tl.constexpr):
+    """A program may return at once. A division before a loop, none in it."""
+    lane = tl.arange(0, BLOCK)
+    if tl.load(source + rows) > 3:
+        return
+    total = tl.div_rn(tl.load(source + lane), tl.load(source + rows + lane))
+    for row in range(rows):
+        total += tl.load(source + row * total.to(tl.int32))
+    tl.store(target + lane, total)
+
+
+def launch_leaving():
+    source = torch.empty(1 << 20, device="meta")
+    _leaving_kernel[(7,)](source, source, 100, BLOCK=128)
+
+
+@pytest.mark.parametrize("architecture", NVIDIA)
+def test_slow_paths_before_a_loop_are_not_in_it(architecture):
+    code = code_of(architecture, launch_leaving)
+    assert (code.slow_paths, code.loop_slow_paths) == (1, 0)
+
+
+@pytest.mark.parametrize("architecture", NVIDIA)
+def test_a_branch_that_returns_falls_through_where_its_condition_does_not_hold(architecture):
+    code = code_of(architecture, launch_leaving)
+    last = [(number, block[-1]) for number, block in enumerate(code.blocks) if block and block[-1].conditional]
+    found = [(number, i.line[0], branch) for number, i in last if i.line and (branch := branch_of(i.line))]
+    assert [branch.name for _, _, branch in found] == ["if tl.load(source + rows) > 3"]
+    number, path, branch = found[0]
+    assert not taken_first(code, number, branch, path)
 
 
 @pytest.mark.parametrize("architecture", NVIDIA)
 def test_branches_have_the_conditions_of_the_source(architecture):
     code = code_of(architecture, launch_nested)
     last = [(number, block[-1]) for number, block in enumerate(code.blocks) if block and block[-1].conditional]
-    found = [(number, branch) for number, i in last if (branch := branch_of(i.line))]
-    assert [branch.name for _, branch in found] == ["if tl.load(source + rows) > 3"] * len(found)
-    number, branch = found[0]
-    assert taken_first(code, number, branch, __file__)
+    found = [(number, i.line[0], branch) for number, i in last if i.line and (branch := branch_of(i.line))]
+    assert [branch.name for _, _, branch in found] == ["if tl.load(source + rows) > 3"] * len(found)
+    number, path, branch = found[0]
+    assert taken_first(code, number, branch, path)
 
 
 def test_launches_and_their_arguments_are_recorded():

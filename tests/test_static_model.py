@@ -150,6 +150,12 @@ def test_copies_of_a_loop_have_trips_of_their_own():
     assert static_model._iterations(["i", "j", "i"], {"i": (4.0, 1.0), "j": 2.0}) == [4.0, 2.0, 1.0]
 
 
+def test_a_loop_that_is_never_reached_may_have_any_number_of_copies():
+    assert static_model._iterations(["i", "j", "i"], {"i": 0.0, "j": 2.0}) == [0.0, 2.0, 0.0]
+    with pytest.raises(ModelError, match="the machine code has the loops j, and trips are declared for i, j"):
+        static_model._iterations(["j"], {"i": 0.0, "j": 2.0})
+
+
 def test_slow_paths_and_diverged_warps_are_not_executed():
     instructions = [
         plain("BRA", "fast", conditional=True),

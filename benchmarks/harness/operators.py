@@ -7,7 +7,7 @@ inputs, wrong arguments, GPUs and the package iterate over these declarations an
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias, TypeVar
@@ -55,7 +55,16 @@ class Limit:
     wide_loads: bool = False
     wide_stores: bool = False
     slow_paths: int | None = None  # of divisions and roots, on NVIDIA's architectures; None allows any number
+    loop_slow_paths: int | None = None  # those in loops
     occupancy: float = 0.0  # the fraction of a multiprocessor's warps that must be resident
+    # The limits of variants that are launched by cases with a text in their name alone; the first text that fits holds.
+    for_cases: Mapping[str, Limit] = field(default_factory=dict)
+
+    def of(self, cases: Iterable[str]) -> Limit:
+        """The limit of the variant that these cases launch."""
+        names = list(cases)
+        fitting = (limit for text, limit in self.for_cases.items() if all(text in name for name in names))
+        return next(fitting, self)
 
 
 @dataclass(frozen=True)
@@ -81,6 +90,7 @@ class Work:
     l2_bytes: float  # of 32-byte sectors that programs request; what a program reads again is in L1
     # By loop: the mean number of iterations each time that it is reached. A tuple has a number for each of several
     # copies in the machine code, in its order: of two calls of a function, or of an unrolled loop and its remainder.
+    # 0.0 holds for all copies of a loop that is never reached.
     trips: Trips = field(default_factory=dict)
     branches: Mapping[str, float] = field(default_factory=dict)  # by the start of a condition: how often it holds
     longest: Trips = field(default_factory=dict)  # trips of the program that takes longest, where they differ

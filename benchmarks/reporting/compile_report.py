@@ -75,6 +75,7 @@ class Row:
     instructions: int  # of the body, without the slow paths that it calls
     loops: str  # instructions of each loop, the loops that it contains in brackets
     slow_paths: int  # calls of slow paths of divisions and roots; none on gfx942
+    loop_slow_paths: int = 0  # those in loops
     unfenced: tuple[str, ...] = ()  # what is wrong with the kernel's fences
     modelled: tuple[Modelled, ...] = ()  # the static model of each case
     unmodelled: tuple[str, ...] = ()  # what is wrong with its declarations
@@ -227,13 +228,14 @@ def _row(
         architecture=architecture,
         kernel=kernel,
         cases=tuple(launches),
-        limit=limits.get(kernel, {}).get(backend, Limit(registers=0)),
+        limit=limits.get(kernel, {}).get(backend, Limit(registers=0)).of(launches),
         shared=binary.metadata.shared,
         warps=binary.metadata.num_warps,
         occupancy=occupancy(architecture, *shape),
         instructions=code.size,
         loops=code.nested_sizes,
         slow_paths=code.slow_paths,
+        loop_slow_paths=code.loop_slow_paths,
         unfenced=tuple(wrong for fence in fences if (wrong := unfenced(code, fence, orders_memory))),
         modelled=tuple(part for part in models if isinstance(part, Modelled)),
         unmodelled=tuple(part for part in models if isinstance(part, str)),
@@ -252,8 +254,10 @@ def violations(rows: list[Row], declared: Mapping[str, Operator]) -> list[str]:
             f"{row.atomics} atomics, whose order is not deterministic": row.atomics,
             f"no 128-bit load, {row.narrow_loads} narrower": limit.wide_loads and not row.wide_loads,
             f"no 128-bit store, {row.narrow_stores} narrower": limit.wide_stores and not row.wide_stores,
-            f"{row.slow_paths} slow paths, budget {limit.slow_paths}": row.slow_paths > (limit.slow_paths or 0)
-            and limit.slow_paths is not None,
+            f"{row.slow_paths} slow paths, budget {limit.slow_paths}": _exceeds(row.slow_paths, limit.slow_paths),
+            f"{row.loop_slow_paths} slow paths in loops, budget {limit.loop_slow_paths}": _exceeds(
+                row.loop_slow_paths, limit.loop_slow_paths
+            ),
             f"occupancy {row.occupancy:.0%}, at least {limit.occupancy:.0%}": row.occupancy < limit.occupancy,
             **dict.fromkeys(row.unfenced, True),
         }
@@ -265,6 +269,10 @@ def violations(rows: list[Row], declared: Mapping[str, Operator]) -> list[str]:
     limited = {kernel for operator in declared.values() for kernel in operator.limits}
     unused = sorted(limited - {row.kernel for row in rows})
     return sentences + [f"{kernel}: has limits, but no compile case launches it" for kernel in unused]
+
+
+def _exceeds(count: int, budget: int | None) -> bool:
+    return budget is not None and count > budget
 
 
 def section(architecture: str, rows: list[Row]) -> str:
@@ -280,7 +288,7 @@ def section(architecture: str, rows: list[Row]) -> str:
             "occupancy": f"{row.occupancy:.0%}",
             "instructions": row.instructions,
             "loops": row.loops,
-            "slow paths": row.slow_paths,
+            "slow paths": f"{row.slow_paths} ({row.loop_slow_paths})" if row.slow_paths else 0,
             "loads": f"{row.wide_loads}/{row.narrow_loads}",
             "stores": f"{row.wide_stores}/{row.narrow_stores}",
             "barriers": row.barriers,
@@ -305,8 +313,8 @@ Written by `{COMMAND}` with triton {triton.__version__}, without a GPU, and chec
 Registers are per thread, shared memory (bytes) is per program. Occupancy is the fraction of a multiprocessor's warps
 that registers and shared memory let be resident. Instructions are counted as they stand in the code; "loops" has
 those of each loop, and in brackets those of the loops that it contains. Slow paths are calls of divisions and roots for
-operands such as denormal numbers; what they call is not counted. Loads and stores are those of global memory, 128-bit
-ones before the slash and narrower ones after it; "matrix" are those of the tensor cores.
+operands such as denormal numbers, in brackets those in loops; what they call is not counted. Loads and stores are those
+of global memory, 128-bit ones before the slash and narrower ones after it; "matrix" are those of the tensor cores.
 
 A model says how long the binaries for sm_90 take on a device, in microseconds, and what bounds them, without
 running them: "instructions" are those that a warp executes with the boxes of the benchmark, in the mean. Time is the

@@ -61,8 +61,14 @@ class Code:
     @property
     def slow_paths(self) -> int:
         """Calls of the slow paths of divisions and roots."""
-        calls = (instruction for block in self.blocks for instruction in block if instruction.is_slow_call)
-        return sum(re.search("div|rcp|sqrt", str(call.target)) is not None for call in calls)
+        return sum(map(_is_slow_path, (instruction for block in self.blocks for instruction in block)))
+
+    @property
+    def loop_slow_paths(self) -> int:
+        """Those that a loop calls."""
+        # A call and the branch back from it may be laid out behind the loop that reaches them, but are part of it.
+        inside = frozenset[int]().union(*(loop.blocks for loop in self.loops))
+        return sum(map(_is_slow_path, (instruction for block in inside for instruction in self.blocks[block])))
 
     @cached_property
     def predecessors(self) -> list[list[int]]:
@@ -144,6 +150,10 @@ class Code:
             return ", ".join(f"{size} ({below})" if below else str(size) for size, below in parts)
 
         return sizes(frozenset({*range(len(self.blocks)), -1}))
+
+
+def _is_slow_path(instruction: Instruction) -> bool:
+    return instruction.is_slow_call and re.search("div|rcp|sqrt", str(instruction.target)) is not None
 
 
 def graph(instructions: Sequence[Instruction], labels: Mapping[str, int]) -> Code:

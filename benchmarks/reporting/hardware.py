@@ -17,11 +17,15 @@ class Device:
     """A GPU of architecture sm_90."""
 
     name: str
-    multiprocessors: int  # NVIDIA H100 Tensor Core GPU Architecture (white paper), SXM5; the H200 has the same chip
-    clock_ghz: float  # under load, an assumption: the boost clock of the PCIe board; SXM boards boost to 1.98
+    multiprocessors: (
+        int  # of the SXM boards: NVIDIA H100 Tensor Core GPU Architecture (white paper); the H200's chip too
+    )
+    # Under load: an assumption, the boost clock of the PCIe board (Chips and Cheese, "Nvidia's H100: Funny L2, and Tons
+    # of Bandwidth", 2023). The white paper's rates for SXM boards are at 1.98 GHz, and at 1.83 for tensor cores.
+    clock_ghz: float
     l2_tb_s: float  # between L2 and the multiprocessors; a guess, to be measured
-    l2_mb: float  # H100: data sheet; H200: as the device reports it
-    hbm_tb_s: float  # measured: device copy, bytes read plus bytes written
+    l2_mb: float  # H100: white paper; H200: as a device reported it
+    hbm_tb_s: float  # of a device copy, read plus written, measured; data sheets: 3.35 (H100), 4.8 (H200)
     launch_us: float = 2.2  # of a kernel in a CUDA graph; a guess, to be measured
 
 
@@ -57,8 +61,9 @@ class Capacity:
     shared_unit: int  # bytes
 
 
-# CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; the steps are those of NVIDIA's
-# occupancy calculator. gfx942: AMD Instinct MI300 Instruction Set Architecture Guide, and LLVM's User Guide for AMDGPU.
+# NVIDIA's tuning guides for the Ampere, Hopper and Blackwell architectures, "Occupancy"; registers and shared memory
+# are allocated in the steps of NVIDIA's occupancy calculator. gfx942: AMD Instinct MI300 Instruction Set Architecture
+# Guide, and LLVM's User Guide for AMDGPU.
 _HOPPER = Capacity(64, 32, 65536, 8, 228 * 1024, 1024, 128)
 CAPACITY = {
     "sm_80": Capacity(64, 32, 65536, 8, 164 * 1024, 1024, 128),
@@ -141,9 +146,9 @@ def _matrix_cycles(opcode: str) -> float:
     return m * n * k / rate
 
 
-# Cycles from issue until the result of an instruction of variable latency can be used. Memory: Luo et al.,
-# "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture" (arXiv:2402.13499), an H100's hit in L2 and its
-# shared memory. Others: rounded guesses.
+# Cycles from issue until the result of an instruction of variable latency can be used. Memory: an H100's hit in L2 and
+# its shared memory, after Luo et al., "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture"
+# (arXiv:2402.13499), quoted from memory. Others: rounded guesses. All of them are to be measured.
 LATENCIES = {
     "LDG": 263, "LD": 263, "ATOM": 263, "ATOMG": 263, "LDGSTS": 263, "LDGDEPBAR": 263,
     "LDS": 29, "LDSM": 33, "SHFL": 24, "LDC": 40, "LDCU": 40, "ULDC": 0, "S2R": 30, "S2UR": 30,

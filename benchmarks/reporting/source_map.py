@@ -106,7 +106,7 @@ def taken_first(code: Code, block: int, branch: SourceBranch, path: str) -> bool
             # The block after the `if` statement may be dominated too, but it has no lines of the statement.
             if any(line and line[0] == path and line[1] in lines for line in inside):
                 return falls == (index == 0)
-    return True
+    return len(sides) > 1  # otherwise the body is a `return`, which the branch itself executes
 
 
 def _loop_name(code: Code, loop: Loop, kernel: str) -> str:

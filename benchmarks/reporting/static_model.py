@@ -151,6 +151,8 @@ def frequencies(code: Code, kernel: str, trips: Trips, branches: Mapping[str, fl
 def _iterations(names: Sequence[str], trips: Trips) -> list[float]:
     copies = Counter(names)
     declared = {name: count if isinstance(count, tuple) else (count,) for name, count in trips.items()}
+    # A loop that is never reached may have any number of copies.
+    declared |= {name: (0.0,) * copies[name] for name, counts in declared.items() if counts == (0.0,) and copies[name]}
     if copies != Counter({name: len(counts) for name, counts in declared.items()}):
         in_code = ", ".join(f"{name} x {count}" if count > 1 else name for name, count in copies.items()) or "none"
         in_work = ", ".join(f"{name} x {len(c)}" if len(c) > 1 else name for name, c in declared.items()) or "none"
