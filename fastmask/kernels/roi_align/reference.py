@@ -8,13 +8,13 @@ each pixel is a bag of the bins that sampled it, in their order, so that repeate
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from fastmask.kernels._runtime import compute_dtype, empty
+from fastmask.kernels._runtime import compute_dtype
 from fastmask.kernels.roi_align.geometry import Level, Samples, in_pieces, sample_boxes, select_boxes
 
 if TYPE_CHECKING:
@@ -22,13 +22,17 @@ if TYPE_CHECKING:
 
 # Copies of single pixels take as long as a copy of the whole level if more than this share of its pixels is sampled.
 MAX_SAMPLED_SHARE = 0.5
+# Channels whose rows are copied at a time, so that the copy's memory is small enough for the allocator to reuse, and
+# channels that are transposed at a time; the fastest of {32, 64, 128, 256} x {32, 64, all} for P2 with 256 channels.
+COPIED_CHANNELS = 64
+TRANSPOSED_CHANNELS = 32
 # Elements that the maximum keeps at a time: values, or gradients, of single samples.
 MAX_VALUES = 1 << 25
 
 
 def roi_align_reference(features: Sequence[Tensor], boxes: Tensor, spec: RoIAlignSpec) -> tuple[Tensor, Tensor]:
     """Pooled features, and for the maximum which sample of its bin each is."""
-    num_images, channels = features[0].shape[:2]
+    num_images = features[0].shape[0]
     dtype, pooled = features[0].dtype, (spec.pooled_height, spec.pooled_width)
     output, argmax = spec.empty_outputs(features, boxes)
     selected = select_boxes(boxes, num_images, spec)
@@ -39,53 +43,76 @@ def roi_align_reference(features: Sequence[Tensor], boxes: Tensor, spec: RoIAlig
         if not len(on_level) or not feature.numel():
             continue
         level = Level(num_images, feature.shape[2], feature.shape[3], scale, spec)
-        table, pieces = None, in_pieces(boxes, on_level, level)
+        pieces = in_pieces(boxes, on_level, level)
+        blocks, table = _channel_blocks(feature) if len(pieces) == 1 else [slice(None)], None
         for rows in pieces:
-            samples = sample_boxes(boxes[rows], level)
-            if table is None:
-                table, samples = (as_rows(feature), samples) if len(pieces) > 1 else _sampled_rows(feature, samples)
-            if spec.reduction == "max":
-                values, winner = _max_of_samples(table, samples)
-                winner = winner.to(argmax.dtype).view(-1, *pooled, channels).permute(0, 3, 1, 2)
-                argmax.index_copy_(0, rows, winner)
-            else:
-                values = embedding_bag(
-                    samples.pixel.flatten(),
-                    table,
-                    samples.first[:-1].to(samples.pixel.dtype) * 4,
-                    mode="sum",
-                    per_sample_weights=samples.weight.flatten(),
-                )
-            output.index_copy_(0, rows, values.view(-1, *pooled, channels).permute(0, 3, 1, 2).to(dtype))
+            samples, index = sample_boxes(boxes[rows], level), None
+            if len(pieces) == 1:
+                samples, index = _renumber_few(samples, feature)
+            for block in blocks if index is None else [slice(None)]:
+                if table is None or len(pieces) == 1:
+                    table = as_rows(feature[:, block], index)
+                values, winner = _pool_samples(table, samples, spec.reduction)
+                values = values.to(dtype).view(-1, *pooled, table.shape[1]).permute(0, 3, 1, 2)
+                output[:, block].index_copy_(0, rows, values)
+                if winner is not None:
+                    winner = winner.to(argmax.dtype).view(-1, *pooled, table.shape[1]).permute(0, 3, 1, 2)
+                    argmax[:, block].index_copy_(0, rows, winner)
     return output, argmax
 
 
-def as_rows(pixels: Tensor) -> Tensor:
-    """`[N * H * W, C]` in the dtype of sums, from `[N, C, H, W]`."""
-    rows = pixels.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
-    return rows.reshape(-1, pixels.shape[1]).to(compute_dtype(pixels.dtype))
+def _channel_blocks(feature: Tensor) -> list[slice]:
+    """All channels at once where their rows are a view of `feature [N, C, H, W]`, else blocks of them."""
+    if feature.permute(0, 2, 3, 1).is_contiguous():
+        return [slice(None)]
+    return [slice(start, start + COPIED_CHANNELS) for start in range(0, feature.shape[1], COPIED_CHANNELS)]
 
 
-def _sampled_rows(feature: Tensor, samples: Samples) -> tuple[Tensor, Samples]:
-    """`as_rows(feature)`, and the samples. If that is a copy and few pixels are sampled, their rows alone."""
-    num_images, channels, height, width = feature.shape
+def as_rows(pixels: Tensor, index: Tensor | None = None) -> Tensor:
+    """`[N * H * W, C]` in the dtype of sums, from `[N, C, H, W]`; only the ascending rows `index` unless it is None."""
+    num_images, channels, height, width = pixels.shape
+    rows, dtype = pixels.permute(0, 2, 3, 1), compute_dtype(pixels.dtype)
+    if rows.is_contiguous():
+        table = rows.view(-1, channels)
+        return (table if index is None else table.index_select(0, index)).to(dtype)
+    size = height * width
+    table = torch.empty(num_images * size if index is None else len(index), channels, dtype=dtype, device=pixels.device)
+    in_image = [] if index is None else _split_by_image(index, num_images, size)
+    for start in range(0, channels, TRANSPOSED_CHANNELS):
+        block = slice(start, start + TRANSPOSED_CHANNELS)
+        columns, pixels_of_block = table[:, block], pixels[:, block].flatten(2)
+        if index is None:
+            columns.unflatten(0, (num_images, size)).copy_(pixels_of_block.transpose(1, 2))
+        else:
+            for part, image, some in zip(
+                columns.split([len(some) for some in in_image]), pixels_of_block, in_image, strict=True
+            ):
+                part.copy_(image.index_select(1, some).t())
+    return table
+
+
+def _renumber_few(samples: Samples, feature: Tensor) -> tuple[Samples, Tensor | None]:
+    """If rows are copies, and few pixels are sampled: samples of a table of these pixels, and the pixels. Else None."""
+    num_images, _, height, width = feature.shape
     pixels = num_images * height * width
-    rows = feature.permute(0, 2, 3, 1)
-    if rows.is_contiguous() and feature.dtype == compute_dtype(feature.dtype):
-        return rows.view(pixels, channels), samples
+    if feature.permute(0, 2, 3, 1).is_contiguous() and feature.dtype == compute_dtype(feature.dtype):
+        return samples, None
     sampled = torch.zeros(pixels, dtype=torch.bool, device=feature.device)
     sampled[samples.pixel.flatten()] = True
     index = sampled.nonzero()[:, 0]
     if len(index) > pixels * MAX_SAMPLED_SHARE:
-        return as_rows(feature), samples
+        return samples, None
     place = sampled.cumsum(0, dtype=samples.pixel.dtype).sub_(1)
-    if rows.is_contiguous():
-        table = rows.view(pixels, channels).index_select(0, index)
-    else:
-        in_image = _split_by_image(index, num_images, height * width)
-        parts = zip(feature.flatten(2), in_image, strict=True)
-        table = torch.cat([image.index_select(1, pixel).t() for image, pixel in parts])
-    return table.to(compute_dtype(feature.dtype)), samples._replace(pixel=place[samples.pixel])
+    return samples._replace(pixel=place[samples.pixel]), index
+
+
+def _pool_samples(table: Tensor, samples: Samples, reduction: str) -> tuple[Tensor, Tensor | None]:
+    """Mean or maximum `[bins, C]` over each bin's samples of a table, and the maximum's winners."""
+    if reduction == "max":
+        return _max_of_samples(table, samples)
+    first = samples.first[:-1].to(samples.pixel.dtype) * 4
+    weight = samples.weight.flatten()
+    return embedding_bag(samples.pixel.flatten(), table, first, mode="sum", per_sample_weights=weight), None
 
 
 def _max_of_samples(table: Tensor, samples: Samples) -> tuple[Tensor, Tensor]:
@@ -114,33 +141,34 @@ def roi_align_backward_reference(
     """Gradients of the levels."""
     channels, num_images = grad.shape[1], shape.num_images
     selected = select_boxes(boxes, num_images, spec)
-    grads = []
-    for (height, width), scale, on_level in zip(shape.levels, spec.spatial_scales, selected, strict=True):
-        level = Level(num_images, height, width, scale, spec)
-        sums, sampled = _sum_samples(grad, boxes, argmax, on_level if channels else on_level[:0], level)
-        in_level = empty(grad, (num_images, channels, height, width), channels_last)
-        _write_rows(in_level, sums.to(grad.dtype), sampled)
-        grads.append(in_level)
+    grads = shape.empty_features(grad, channels_last)
+    for in_level, scale, on_level in zip(grads, spec.spatial_scales, selected, strict=True):
+        level = Level(num_images, in_level.shape[2], in_level.shape[3], scale, spec)
+        pieces = in_pieces(boxes, on_level if channels else on_level[:0], level)
+        if len(pieces) == 1 and spec.reduction == "mean":
+            samples, of_boxes = sample_boxes(boxes[on_level], level), grad[on_level]
+            pixels = num_images * level.height * level.width
+            few = samples.pixel.numel() < pixels * 2 * MAX_SAMPLED_SHARE
+            bags = _bags_of_pixels(samples.bin, samples.pixel, samples.weight, None if few else pixels)
+            for block in _channel_blocks(in_level):
+                _write_rows(in_level[:, block], _sum_bags(as_rows(of_boxes[:, block]), bags).to(grad.dtype), bags.pixel)
+        else:
+            _write_rows(in_level, _sum_pieces(grad, boxes, argmax, pieces, level).to(grad.dtype), None)
     return grads
 
 
-def _sum_samples(
-    grad: Tensor, boxes: Tensor, argmax: Tensor, on_level: Tensor, level: Level
-) -> tuple[Tensor, Tensor | None]:
-    """Sums `[P, C]` of the gradients of the boxes `on_level`, and the pixels of these sums; None: all pixels."""
-    pixels, total = level.num_images * level.height * level.width, None
-    pieces = in_pieces(boxes, on_level, level)
+def _sum_pieces(grad: Tensor, boxes: Tensor, argmax: Tensor, pieces: list[Tensor], level: Level) -> Tensor:
+    """Sums `[N * H * W, C]` of the gradients of the boxes in all pieces."""
+    pixels = level.num_images * level.height * level.width
+    total = grad.new_zeros(pixels, grad.shape[1], dtype=compute_dtype(grad.dtype))
     for rows in pieces:
         samples, table = sample_boxes(boxes[rows], level), as_rows(grad[rows])
         if level.spec.reduction == "max":
             winner = argmax[rows].permute(0, 2, 3, 1).reshape(-1, grad.shape[1])
-            part = _scatter_to_winners(table, winner, samples, pixels)
-        elif len(pieces) == 1 and samples.pixel.numel() < pixels * 2 * MAX_SAMPLED_SHARE:
-            return _gather_pixels(table, samples.bin, samples.pixel, samples.weight)
+            _scatter_to_winners(total, table, winner, samples)
         else:
-            part, _ = _gather_pixels(table, samples.bin, samples.pixel, samples.weight, pixels)
-        total = part if total is None else total.add_(part)
-    return grad.new_zeros(pixels, grad.shape[1]) if total is None else total, None
+            total += _sum_bags(table, _bags_of_pixels(samples.bin, samples.pixel, samples.weight, pixels))
+    return total
 
 
 def _split_by_image(pixel: Tensor, num_images: int, size: int) -> list[Tensor]:
@@ -167,32 +195,39 @@ def _write_rows(level: Tensor, rows: Tensor, pixel: Tensor | None) -> None:
             image.index_copy_(1, local, part.t())
 
 
-def _gather_pixels(
-    table: Tensor, row: Tensor, pixel: Tensor, weight: Tensor, pixels: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """Sums `[P, C]` of `weight * table[row]` over entries `[S, 4]`, in a fixed order, and their pixels.
+class _Bags(NamedTuple):
+    """Weighted sums of rows of a table, one for each of P pixels, over S entries."""
 
-    The sums are those of all `pixels`, or if None, of the pixels that occur.
+    row: Tensor  # [S]
+    weight: Tensor  # [S]
+    first: Tensor  # [P] the first entry of each pixel
+    pixel: Tensor | None  # [P] the pixels, or None for all
+
+
+def _bags_of_pixels(row: Tensor, pixel: Tensor, weight: Tensor, pixels: int | None) -> _Bags:
+    """The bags of all `pixels`, or if None of those that occur, over the four entries `[n, 4]` of each row `[n]`.
+
+    Entries of a pixel keep their order, so that repeated runs give the same bits.
     """
     pixel, order = pixel.flatten().sort(stable=True)
     if pixels is None:
         index, count = pixel.unique_consecutive(return_counts=True)
-        index = index.long()
-        first = (count.cumsum(0) - count).to(pixel.dtype)
+        index, first = index.long(), (count.cumsum(0) - count).to(pixel.dtype)
     else:
-        index = torch.arange(pixels, dtype=pixel.dtype, device=pixel.device)
-        first = torch.searchsorted(pixel, index)
-    weight = weight.flatten()[order]
-    return embedding_bag(row[order // 4], table, first, mode="sum", per_sample_weights=weight), index
+        index, first = None, torch.searchsorted(pixel, torch.arange(pixels, dtype=pixel.dtype, device=pixel.device))
+    return _Bags(row[order // 4], weight.flatten()[order], first, index)
 
 
-def _scatter_to_winners(table: Tensor, winner: Tensor, samples: Samples, pixels: int) -> Tensor:
-    """Each bin's gradient to the sample that won it, per channel, then to the pixels of that sample."""
-    total = table.new_zeros(pixels, table.shape[1])
+def _sum_bags(table: Tensor, bags: _Bags) -> Tensor:
+    return embedding_bag(bags.row, table, bags.first, mode="sum", per_sample_weights=bags.weight)
+
+
+def _scatter_to_winners(total: Tensor, table: Tensor, winner: Tensor, samples: Samples) -> None:
+    """Add each bin's gradient to the sample that won it, per channel, then to the pixels of that sample."""
     for part, sampled in gradients_of_winners(table, winner, samples):
         rows = torch.arange(len(sampled), device=table.device)
-        total += _gather_pixels(sampled, rows, samples.pixel[part], samples.weight[part], pixels)[0]
-    return total
+        bags = _bags_of_pixels(rows, samples.pixel[part], samples.weight[part], len(total))
+        total += _sum_bags(sampled, bags)
 
 
 def gradients_of_winners(table: Tensor, winner: Tensor, samples: Samples) -> Iterator[tuple[slice, Tensor]]:

@@ -27,7 +27,9 @@ MAX_GRADIENTS = 1 << 20  # that the backward scatters at a time: about 12 MB
 def roi_pool_reference(features: Sequence[Tensor], boxes: Tensor, spec: RoIPoolSpec) -> tuple[Tensor, Tensor]:
     """Pooled features, and which pixel of its level each is, or -1."""
     output, argmax = spec.empty_outputs(features, boxes)
-    rows = output.permute(0, 2, 3, 1).contiguous()  # memory of its own unless the output is channels_last
+    rows = output.permute(0, 2, 3, 1)
+    if not rows.is_contiguous():
+        rows = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
     largest, winner = rows.zero_().flatten(0, 2), argmax.fill_(-1).permute(0, 2, 3, 1).flatten(0, 2)
     selected = _select_boxes(boxes, features[0].shape[0], spec)
     for feature, scale, on_level in zip(features, spec.spatial_scales, selected, strict=True):
