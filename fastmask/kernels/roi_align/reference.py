@@ -73,7 +73,7 @@ def as_rows(pixels: Tensor, index: Tensor | None = None) -> Tensor:
     num_images, channels, height, width = pixels.shape
     rows, dtype = pixels.permute(0, 2, 3, 1), compute_dtype(pixels.dtype)
     if rows.is_contiguous():
-        table = rows.view(-1, channels)
+        table = rows.flatten(0, 2)
         return (table if index is None else table.index_select(0, index)).to(dtype)
     size = height * width
     table = torch.empty(num_images * size if index is None else len(index), channels, dtype=dtype, device=pixels.device)
@@ -151,9 +151,9 @@ def roi_align_backward_reference(
             few = samples.pixel.numel() < pixels * 2 * MAX_SAMPLED_SHARE
             bags = _bags_of_pixels(samples.bin, samples.pixel, samples.weight, None if few else pixels)
             for block in _channel_blocks(in_level):
-                _write_rows(in_level[:, block], _sum_bags(as_rows(of_boxes[:, block]), bags).to(grad.dtype), bags.pixel)
+                write_rows(in_level[:, block], _sum_bags(as_rows(of_boxes[:, block]), bags).to(grad.dtype), bags.pixel)
         else:
-            _write_rows(in_level, _sum_pieces(grad, boxes, argmax, pieces, level).to(grad.dtype), None)
+            write_rows(in_level, _sum_pieces(grad, boxes, argmax, pieces, level).to(grad.dtype), None)
     return grads
 
 
@@ -177,7 +177,7 @@ def _split_by_image(pixel: Tensor, num_images: int, size: int) -> list[Tensor]:
     return [part - image * size for image, part in enumerate(pixel.split(counts))]
 
 
-def _write_rows(level: Tensor, rows: Tensor, pixel: Tensor | None) -> None:
+def write_rows(level: Tensor, rows: Tensor, pixel: Tensor | None) -> None:
     """Fill `level [N, C, H, W]` with `rows [P, C]` at the pixels `[P]`, and zeros elsewhere; None: all pixels."""
     num_images, channels, height, width = level.shape
     table = level.permute(0, 2, 3, 1)

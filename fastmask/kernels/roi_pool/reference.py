@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastmask.kernels._rois import image_indices
 from fastmask.kernels._runtime import compute_dtype
+from fastmask.kernels.roi_align.reference import as_rows, write_rows
 from fastmask.kernels.roi_pool.geometry import bin_spans, levels_of_boxes, lowest_feature, quantise
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def _pool_level(
     left, columns = bin_spans(x1, roi_width, spec.pooled_width, width, boxes.dtype)
     # Only features above the lowest win: not NaN, not -inf.
     lowest = lowest_feature(feature.dtype)
-    table = feature.permute(0, 2, 3, 1).flatten(0, 2).to(compute_dtype(feature.dtype)).fmax(boxes.new_tensor(lowest))
+    table = as_rows(feature).fmax(boxes.new_tensor(lowest))
     has_lowest = bool((table <= lowest).any())
 
     bins = spec.pooled_height * spec.pooled_width
@@ -109,19 +110,25 @@ def roi_pool_backward_reference(
     grad: Tensor, boxes: Tensor, argmax: Tensor, shape: PyramidShape, channels_last: bool, spec: RoIPoolSpec
 ) -> list[Tensor]:
     """Add each gradient to its winner's row; on the CPU `scatter_add_` keeps the order of RoIs and bins."""
-    grads = []
+    grads, channels = [], grad.shape[1]
     selected = _select_boxes(boxes, shape.num_images, spec)
     image = image_indices(boxes, shape.num_images)
     step = max(1, MAX_GRADIENTS // max(1, grad[:1].numel()))
     for (height, width), on_level in zip(shape.levels, selected, strict=True):
-        rows = grad.new_zeros(shape.num_images, height, width, grad.shape[1], dtype=compute_dtype(grad.dtype))
-        table = rows.flatten(0, 2)
+        pixels = height * width
+        table = torch.zeros(shape.num_images * pixels, channels, dtype=compute_dtype(grad.dtype))
         for k in _pieces(on_level, len(boxes), step) if len(table) else ():
-            values = grad[k].permute(0, 2, 3, 1).flatten(0, 2).to(table.dtype)
-            winner, won = _winners(argmax[k], image[k] * (height * width))
-            table.scatter_add_(0, winner, values if won.all() else values.where(won, 0))
-        level = rows.permute(0, 3, 1, 2).to(grad.dtype)
-        grads.append(level if channels_last else level.contiguous())
+            values, winner = as_rows(grad[k]), argmax[k].permute(0, 2, 3, 1).flatten(0, 2)
+            if (winner < 0).any():
+                values, winner = values.where(winner >= 0, 0), winner.clamp(min=0)
+            first_pixel = (image[k] * pixels).repeat_interleave(argmax[0, 0].numel())[:, None]
+            table.scatter_add_(0, winner + first_pixel, values)
+        rows = table.to(grad.dtype)
+        level = rows.view(shape.num_images, height, width, channels).permute(0, 3, 1, 2)
+        if not channels_last:
+            level = torch.empty(level.shape, dtype=rows.dtype, device=rows.device)
+            write_rows(level, rows, None)
+        grads.append(level)
     return grads
 
 
@@ -134,14 +141,9 @@ def gather_winners(features: Sequence[Tensor], boxes: Tensor, argmax: Tensor, sp
     for index, feature in enumerate(features):
         if not feature.numel():
             continue
-        on_level = argmax.where((level == index)[:, None, None, None], -1)
-        winner, won = _winners(on_level, image * (feature.shape[2] * feature.shape[3]))
-        gathered += feature.permute(0, 2, 3, 1).flatten(0, 2).gather(0, winner).where(won, 0)
+        winner = argmax.permute(0, 2, 3, 1)
+        won = (winner >= 0) & (level == index)[:, None, None, None]
+        first_pixel = (image * (feature.shape[2] * feature.shape[3]))[:, None, None, None]
+        rows = (winner.where(won, 0) + first_pixel).flatten(0, 2)
+        gathered += feature.permute(0, 2, 3, 1).flatten(0, 2).gather(0, rows).where(won.flatten(0, 2), 0)
     return gathered.unflatten(0, (len(argmax), *argmax.shape[2:])).permute(0, 3, 1, 2)
-
-
-def _winners(argmax: Tensor, first_pixel: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of the level's table that argmax names, int64 `[K * PH * PW, C]`, 0 for none, and which there are."""
-    winner = argmax.permute(0, 2, 3, 1)
-    row = winner.clamp(min=0) + first_pixel[:, None, None, None]
-    return row.flatten(0, 2), (winner >= 0).flatten(0, 2)
