@@ -117,11 +117,11 @@ def roi_pool_backward_reference(
     for (height, width), on_level in zip(shape.levels, selected, strict=True):
         pixels = height * width
         table = torch.zeros(shape.num_images * pixels, channels, dtype=compute_dtype(grad.dtype))
-        for k in _pieces(on_level, len(boxes), step) if len(table) else ():
+        for k in _pieces(on_level, len(boxes), step) if table.numel() else ():
             values, winner = as_rows(grad[k]), argmax[k].permute(0, 2, 3, 1).flatten(0, 2)
             if (winner < 0).any():
                 values, winner = values.where(winner >= 0, 0), winner.clamp(min=0)
-            first_pixel = (image[k] * pixels).repeat_interleave(argmax[0, 0].numel())[:, None]
+            first_pixel = (image[k] * pixels).repeat_interleave(spec.pooled_height * spec.pooled_width)[:, None]
             table.scatter_add_(0, winner + first_pixel, values)
         rows = table.to(grad.dtype)
         level = rows.view(shape.num_images, height, width, channels).permute(0, 3, 1, 2)
