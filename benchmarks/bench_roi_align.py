@@ -23,7 +23,7 @@ from benchmarks import model_roi_align
 from benchmarks.harness.checks import parameters
 from benchmarks.harness.comparison import CaseOptions, Comparison, Target
 from benchmarks.harness.machine import PEERS, peer
-from benchmarks.harness.operators import Backend, Call, Draw, Limit, Operator, meta
+from benchmarks.harness.operators import Call, Draw, Operator, meta
 from benchmarks.harness.pooling import (
     DIRECTIONS,
     Direction,
@@ -314,76 +314,6 @@ def _check_random(draw: Draw, device: str) -> None:
     assert_close(actual.cpu(), expected, rtol=1e-5, atol=1e-5)
 
 
-# Adaptive grids divide by a box's number of samples: before all loops, but in the gradient of the features once for
-# each window. An NCHW tensor is written in pieces of 4 bytes, and pixels of 300 bfloat16 channels begin anywhere.
-LIMITS: dict[str, dict[Backend, Limit]] = {
-    "_list_boxes_by_level_kernel": {"cuda": Limit(48, slow_paths=0), "hip": Limit(40)},
-    # All programs of a training batch are resident at once.
-    "list_windows_kernel": {"cuda": Limit(64, slow_paths=0, occupancy=0.5), "hip": Limit(40)},
-    "segment_sums_kernel": {
-        "cuda": Limit(
-            224,
-            wide_loads=True,
-            wide_stores=True,
-            slow_paths=0,
-            for_cases={
-                "detectron2, max": Limit(216, wide_stores=True, loop_slow_paths=4),
-                "detectron2": Limit(224, wide_loads=True, wide_stores=True, loop_slow_paths=4),
-                "max": Limit(256, wide_stores=True, slow_paths=0),
-                "300 channels, bfloat16": Limit(80, wide_stores=True, slow_paths=0),
-            },
-        ),
-        "hip": Limit(160, wide_loads=True),
-    },
-    "_roi_align_backward_kernel": {
-        "cuda": Limit(
-            208,
-            wide_loads=True,
-            wide_stores=True,
-            slow_paths=0,
-            for_cases={
-                "detectron2": Limit(208, wide_loads=True, wide_stores=True, loop_slow_paths=4),
-                "max": Limit(256, wide_loads=True, wide_stores=True, slow_paths=0),
-                "NCHW": Limit(256, wide_loads=True, slow_paths=0),
-                "300 channels, bfloat16": Limit(80, wide_loads=True, slow_paths=0),
-            },
-        ),
-        "hip": Limit(192, wide_loads=True, for_cases={"max": Limit(192)}),
-    },
-    "_roi_align_box_backward_kernel": {
-        "cuda": Limit(
-            128,
-            wide_loads=True,
-            slow_paths=0,
-            for_cases={"detectron2": Limit(128, wide_loads=True, loop_slow_paths=0)},
-        ),
-        "hip": Limit(80),
-    },
-    "_roi_align_forward_kernel": {
-        "cuda": Limit(
-            128,
-            wide_loads=True,
-            wide_stores=True,
-            slow_paths=0,
-            occupancy=0.25,  # 8 programs of a multiprocessor: see the constant `PROGRAMS`
-            for_cases={
-                "detectron2": Limit(144, wide_loads=True, wide_stores=True, loop_slow_paths=0),
-                "NCHW": Limit(128, wide_loads=True, slow_paths=0, occupancy=0.25),
-                "300 channels, bfloat16": Limit(136, slow_paths=0),
-            },
-        ),
-        "hip": Limit(
-            176,
-            wide_loads=True,
-            wide_stores=True,
-            for_cases={
-                "NCHW": Limit(200, wide_loads=True),
-                "300 channels, bfloat16": Limit(184),
-                "300 channels": Limit(312, wide_loads=True, wide_stores=True),
-            },
-        ),
-    },
-}
 OPERATOR = Operator(
     calls=_calls,
     compile_cases={
@@ -413,7 +343,7 @@ OPERATOR = Operator(
         )
         for dtype in ("bfloat16", "float32")
     },
-    limits=LIMITS,
+    limits=model_roi_align.LIMITS,
     check_random=_check_random,
     check_large=partial(check_large_map, fastmask.roi_align),
     variants=roi_align_forward.VARIANTS | roi_align_backward.VARIANTS | roi_align_box_gradient.VARIANTS,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import model_roi_align_backward
-from benchmarks.harness.operators import Launch, ModelTarget, Trips, Work
+from benchmarks.harness.operators import Backend, Launch, Limit, ModelTarget, Trips, Work
 from benchmarks.model_pooling import BOX_BYTES, Sizes, bytes_that_move, rois_of, sizes_of, spec_of
 from fastmask.kernels.roi_align.geometry import Level, positions_along, sample_boxes, select_boxes
 from fastmask.kernels.roi_align.op import RoIAlignSpec
@@ -113,6 +113,77 @@ def _largest_grid(grid: Tensor) -> Trips:
     rows, columns = grid[grid.prod(1).argmax()].tolist()
     return {"i": rows, "j": columns}
 
+
+# Adaptive grids divide by a box's number of samples: before all loops, but in the gradient of the features once for
+# each window. An NCHW tensor is written in pieces of 4 bytes, and pixels of 300 bfloat16 channels begin anywhere.
+LIMITS: dict[str, dict[Backend, Limit]] = {
+    "_list_boxes_by_level_kernel": {"cuda": Limit(48, slow_paths=0), "hip": Limit(40)},
+    # All programs of a training batch are resident at once.
+    "list_windows_kernel": {"cuda": Limit(64, slow_paths=0, occupancy=0.5), "hip": Limit(40)},
+    "segment_sums_kernel": {
+        "cuda": Limit(
+            224,
+            wide_loads=True,
+            wide_stores=True,
+            slow_paths=0,
+            for_cases={
+                "detectron2, max": Limit(216, wide_stores=True, loop_slow_paths=4),
+                "detectron2": Limit(224, wide_loads=True, wide_stores=True, loop_slow_paths=4),
+                "max": Limit(256, wide_stores=True, slow_paths=0),
+                "300 channels, bfloat16": Limit(80, wide_stores=True, slow_paths=0),
+            },
+        ),
+        "hip": Limit(160, wide_loads=True),
+    },
+    "_roi_align_backward_kernel": {
+        "cuda": Limit(
+            208,
+            wide_loads=True,
+            wide_stores=True,
+            slow_paths=0,
+            for_cases={
+                "detectron2": Limit(208, wide_loads=True, wide_stores=True, loop_slow_paths=4),
+                "max": Limit(256, wide_loads=True, wide_stores=True, slow_paths=0),
+                "NCHW": Limit(256, wide_loads=True, slow_paths=0),
+                "300 channels, bfloat16": Limit(80, wide_loads=True, slow_paths=0),
+            },
+        ),
+        "hip": Limit(192, wide_loads=True, for_cases={"max": Limit(192)}),
+    },
+    "_roi_align_box_backward_kernel": {
+        "cuda": Limit(
+            128,
+            wide_loads=True,
+            slow_paths=0,
+            for_cases={"detectron2": Limit(128, wide_loads=True, loop_slow_paths=0)},
+        ),
+        "hip": Limit(80),
+    },
+    "_roi_align_forward_kernel": {
+        "cuda": Limit(
+            128,
+            wide_loads=True,
+            wide_stores=True,
+            slow_paths=0,
+            occupancy=0.25,  # 8 programs of a multiprocessor: see the constant `PROGRAMS`
+            for_cases={
+                "detectron2": Limit(144, wide_loads=True, wide_stores=True, loop_slow_paths=0),
+                "NCHW": Limit(128, wide_loads=True, slow_paths=0, occupancy=0.25),
+                "300 channels, bfloat16": Limit(136, slow_paths=0),
+            },
+        ),
+        "hip": Limit(
+            176,
+            wide_loads=True,
+            wide_stores=True,
+            for_cases={
+                "NCHW": Limit(200, wide_loads=True),
+                "300 channels, bfloat16": Limit(184),
+                "300 channels": Limit(312, wide_loads=True, wide_stores=True),
+            },
+        ),
+    },
+}
 
 MODELS = {
     "_roi_align_box_backward_kernel": _box_backward,
