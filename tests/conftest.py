@@ -7,10 +7,10 @@ import torch
 
 from fastmask.kernels._runtime import INTERPRETED
 
-# With pytest-xdist: as many threads in all workers, and in the processes that they start, as there are cores. OpenMP's
+# With pytest-xdist: as many threads in all workers, and in the processes that they start, as in one process. OpenMP's
 # threads spin while they wait, so two workers of two threads on two cores take longer than two workers of one.
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
-    threads = max(1, (os.cpu_count() or 1) // workers)
+    threads = max(1, torch.get_num_threads() // workers)
     torch.set_num_threads(threads)
     os.environ["OMP_NUM_THREADS"] = str(threads)
 

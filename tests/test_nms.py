@@ -254,14 +254,18 @@ def test_long_segments_with_few_results(device):
 
 
 @pytest.mark.reference_only
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("min_crowd", [1, 1 << 40])  # the best box first, all sorted
 @pytest.mark.parametrize("max_pairs", [0, 1 << 40])  # of blocks, of candidate pairs
 @pytest.mark.parametrize(("block", "tile", "all_pairs"), [(1, 1, 1), (8, 11, 20), (64, 1000, 50)])
-def test_reference_by_any_way(block, tile, all_pairs, max_pairs, monkeypatch):
+def test_reference_by_any_way(block, tile, all_pairs, max_pairs, min_crowd, dtype, monkeypatch):
+    monkeypatch.setattr(nms_reference, "MIN_CROWD", min_crowd)
     monkeypatch.setattr(nms_reference, "BLOCK", block)
     monkeypatch.setattr(nms_reference, "TILE", tile)
     monkeypatch.setattr(nms_reference, "ALL_PAIRS", all_pairs)
     monkeypatch.setattr(nms_reference, "_max_pairs", lambda _: max_pairs)
-    boxes, scores = draw_candidates(200, 8)
+    boxes, scores = (tensor.to(dtype) for tensor in draw_candidates(200, 8))
+    boxes[50:90], scores[20:40], scores[60:63], boxes[7, 2] = boxes[49].clone(), scores[19].clone(), NAN, NAN
     classes = (torch.rand(200, generator=torch.Generator().manual_seed(1)) ** 3 * 9).long()
     assert torch.equal(nms(boxes, scores, 0.4), greedy_nms(boxes, scores, 0.4))
     assert torch.equal(batched_nms(boxes, scores, classes, 0.4), greedy_nms(boxes, scores, 0.4, classes))

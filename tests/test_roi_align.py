@@ -244,10 +244,12 @@ def test_a_box_of_a_billion_pixels_takes_no_longer_than_the_image(device):
     assert torch.autograd.grad(out.sum(), leaf)[0].isfinite().all()
 
 
-def test_an_empty_box_has_no_samples_when_aligned(device):
+@pytest.mark.parametrize("reduction", ["mean", "max"])
+@pytest.mark.parametrize("box", [[0, 2, 3, 5, 3.0], [0, 2, 5, 5, 3.0]])
+def test_an_empty_or_inverted_box_has_no_samples_when_aligned(box, reduction, device):
     (feature,) = draw_pyramid([(6, 7)])
     leaf = feature.to(device).requires_grad_()
-    out = roi_align(leaf, torch.tensor([[0, 2, 3, 5, 3.0]], device=device), 3, 1.0, 0, True)
+    out = roi_align(leaf, torch.tensor([box], device=device), 3, 1.0, 0, True, reduction=reduction)
     assert out.eq(0).all()
     assert torch.autograd.grad(out.sum(), leaf)[0].eq(0).all()
 

@@ -1,4 +1,4 @@
-"""Launching a kernel with little host time: what does not change between calls is prepared once.
+"""Launch kernels with little host time: prepare once what does not change between calls.
 
 `kernel[grid](...)` binds all arguments, specialises each, and looks the compiled variant up by a key of them, in every
 call. A `Launch` holds the numbers and constants of a call, which a launcher prepares once for each of its settings and

@@ -227,17 +227,17 @@ def divide_by_reciprocal(x, divisor, reciprocal):
 
 @jit()
 def divide_by_constant(x, DIVISOR: tl.constexpr):
-    """`divide(x, DIVISOR)` to the bit, for an integer DIVISOR in 1 .. 2^22 and x = 0 or 2^-60 <= |x| < infinity.
+    """`divide(x, DIVISOR)` to the bit, for a positive integer DIVISOR and x = 0 or 2^-60 <= |x| < infinity.
 
     A power of two divides every x: its reciprocal is exact, and the product rounds the same number as the quotient.
     For others one correction of a quotient that is off by at most 1.5 ulp is enough. The remainder is exact: a multiple
     of the quotient's ulp, and less than 2^24 of them. Before its last rounding the result is off by less than
     1.5 * 2^-24 ulp. x / DIVISOR is at least 1 / (2 * DIVISOR) ulp from the midpoint of two floats, because DIVISOR
-    times a midpoint has more than 24 bits and is not x.
+    times a midpoint has more than 24 bits and is not x. All this for divisors up to 2^22; larger ones divide.
     """
     if (DIVISOR & (DIVISOR - 1)) == 0:
         return x * (1.0 / DIVISOR)
-    if x.dtype == tl.float64 or _FMA_ROUNDS_TWICE:
+    if x.dtype == tl.float64 or _FMA_ROUNDS_TWICE or DIVISOR > 1 << 22:
         return divide(x, DIVISOR * 1.0)
     quotient = x * (1.0 / DIVISOR)
     return tl.fma(tl.fma(quotient, -1.0 * DIVISOR, x), 1.0 / DIVISOR, quotient)

@@ -1,13 +1,17 @@
 """The pairs of boxes whose IoU can exceed a threshold, without a look at all pairs.
 
-IoU(a, b) > t > 0 needs, with w, h and c the width, height and centre of a box along x,
+IoU(a, b) > t > 0 needs, with w and c the width and the centre of a box along x,
 
-    t < area(a) / area(b) < 1 / t          |c(a) - c(b)| <= (1 - t) / t * min(w(a), w(b))
+    t < area(a) / area(b) < 1 / t          |c(a) - c(b)| <= min(w(a), w(b)) * (1 - t) / (2 t)
 
-since the intersection is at most the smaller area, and at most t' = min(w) / max(w) of either box's union. Boxes
-are sorted by (group, class of area, centre), where a class spans a ratio of 1 / t. The partners of a box then lie in
-two ranges: behind it in its own class, and around its centre in the next class. Rounding is covered by margins, so
-that the pairs are a superset; who uses them tests each pair exactly.
+The intersection is at most the smaller area, and the union at least the larger. IoU is at most the IoU of the sides
+along x: for sides that overlap in part, |c(a) - c(b)| < (w(a) + w(b)) / 2 * (1 - t) / (1 + t), and for a side within
+the other, |c(a) - c(b)| <= (max w - min w) / 2; both are at most the bound, since max w < min w / t.
+
+Boxes are sorted by (group, class of area, centre), where a class spans a ratio of 1 / t. The partners of a box then lie
+in two ranges: behind it in its own class, and around its centre in the next class. Margins cover rounding, so that the
+pairs are a superset, and the caller tests each pair exactly. Pairs are of one group as long as classes times groups
+stay below 2^47.
 
 A box whose area is not positive and finite has an IoU of 0 or NaN with every other, and is in no pair.
 """
@@ -23,7 +27,8 @@ import torch
 from torch import Tensor
 
 MAX_PAIRS = 1 << 18  # listed at a time: about 20 MB
-_MARGIN = 1e-6  # relative; float32 areas, sides and IoUs are within 3e-7
+_MARGIN = 2e-6  # relative; a float32 IoU may be off by 8e-7
+_MIN_AREA = 2.0**-100  # below, intersections may be subnormal, whose relative error is large
 
 
 class CandidatePairs(NamedTuple):
@@ -41,8 +46,8 @@ def find_candidate_pairs(extent: Tensor, area: Tensor, group: Tensor | None, thr
     if not ((area > 0) & (area < torch.inf)).all():
         usable = ((area > 0) & (area < torch.inf)).nonzero()[:, 0]
         extent, area, group = extent[:, usable], area[usable], None if group is None else group[usable]
-    left, right = -extent[0].double(), extent[2].double()
-    centre, width = left + right, right - left  # twice the centre
+    left, right = extent[0].double() * -0.5, extent[2].double() * 0.5
+    centre, width = left + right, (right - left) * 2
     threshold = max(threshold, 5e-324) * (1 - _MARGIN)
     area_class = area.double().log().div_(_MARGIN - math.log(threshold)).floor_()
     if not len(area):
@@ -53,10 +58,11 @@ def find_candidate_pairs(extent: Tensor, area: Tensor, group: Tensor | None, thr
     if group is not None:
         area_class -= area_class.min()
         area_class += group * (area_class.max() + 2)  # the next class of a group's last one is empty
-    step = spread * 2 + 1
+    rounding = float(extent.abs().max()) * 2.0**-50  # of two centres
+    step = 3 * (spread + rounding) + 1  # more than a centre and two reaches, so that classes and groups stay apart
     key, order = (area_class * step).add_(centre).sort()
-    reach = (width[order] * (2 * (1 - threshold) / threshold)).clamp_(0, spread)
-    reach += key.abs().max() * 2.0**-49
+    reach = width.where(area >= _MIN_AREA, torch.inf)[order] * ((1 - threshold) / (2 * threshold))
+    reach = reach.clamp_(0, spread).add_(rounding + float(key.abs().max()) * 2.0**-49)
     ends = torch.searchsorted(key, torch.stack([key + reach, key + (step - reach), key + (step + reach)]), right=True)
     position = torch.arange(len(key), device=key.device)
     following = position + 1

@@ -1,14 +1,16 @@
 """Greedy non-maximum suppression in plain torch: the reference, and what runs on the CPU.
 
 Boxes are sorted by score. A box stays unless an earlier box that stays suppresses it; this rule has one fixed point,
-the greedy result, and iterating it takes as many steps as the longest chain of suppressions has links. Three ways to
-find the pairs that matter, by what costs least:
+the greedy result, and iterating it takes as many steps as the longest chain of suppressions has links. The fastest of
+three ways finds the pairs that matter:
 
 - few boxes: all pairs as one matrix;
 - most lists: only the pairs that can overlap enough, from `candidate_pairs.py`;
 - crowds, where those are too many: blocks of sorted boxes. Those of a block that stay are compared with all later
-  boxes, and what they suppress is never looked at again. While the best box suppresses an eighth of the others,
-  they are not even sorted.
+  boxes, and what they suppress is never looked at again.
+
+In lists of 1024 or more boxes without classes, the best box is tested first, again and again, as long as it suppresses
+an eighth of the others. Only the rest is sorted.
 
 Boxes of different groups (classes, segments) are never compared. Equal to torchvision's CPU operator bit for bit: the
 same operations on the same floats.
@@ -35,9 +37,11 @@ BLOCK = 256  # with TILE: the fastest of {96, 128, 192, 256, 384} x {512, 1024, 
 TILE = 2048  # later boxes per pass, so that the pass's intermediates stay in cache; at least BLOCK
 
 
-# Up to this many candidate pairs of M boxes are listed; beyond, blocks take less time. A pair costs about 12 times as
-# much in a list as in a matrix, and blocks look at few pairs of boxes that are dropped early.
 def _max_pairs(size: int) -> int:
+    """The number of candidate pairs of M boxes up to which a list of them takes less time than blocks.
+
+    A pair takes about 12 times as long in a list as in a matrix, and blocks look at few pairs of dropped boxes.
+    """
     return max(8192, size * min(64, size // 24))
 
 
@@ -60,7 +64,7 @@ def valid_mask(scores: Tensor, counts: Tensor | None, score_threshold: float | N
 
 
 class _Boxes(NamedTuple):
-    """M boxes by falling score."""
+    """M boxes, by falling score unless scores are beside them."""
 
     extent: Tensor  # [4, M]: -x1, -y1, x2, y2; the minimum of two of them is the extent of the intersection
     area: Tensor  # [M]
@@ -210,7 +214,11 @@ def _keep_groups(boxes: _Boxes, threshold: float) -> Tensor:
     keep = _keep_by_pairs(boxes, pairs._replace(partners=listed), threshold)
     for crowd in crowds:
         members = (group == crowd).nonzero()[:, 0]
-        keep[members] = _keep_by_blocks(_Boxes(extent[:, members], area[members], None), threshold)
+        of_crowd = _Boxes(extent[:, members], area[members], None)
+        if len(members) <= ALL_PAIRS:
+            keep[members] = _keep_by_matrix(of_crowd, threshold, extent.new_empty(4 * len(members) ** 2))
+        else:
+            keep[members] = _keep_by_blocks(of_crowd, threshold)
     return keep
 
 

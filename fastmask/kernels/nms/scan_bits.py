@@ -5,9 +5,9 @@ the block's own rows then decide about the rest. The loads of a column do not de
 block are issued before this one is resolved, and what stays is held in registers.
 
 The chain of dependent steps is the cost. One warp holds 1,024 rows, so that it needs neither barriers nor shared
-memory: a block is 320 instructions and about 520 cycles on sm_90, where a round of `_resolve` is 60 (RPN proposals take
-1.2 rounds) and each reduction across warps 150. More rows have a warp for each 512. Blocks of 32 boxes would take 350
-cycles each, the latency of their loads. Not yet measured on a GPU.
+memory: a block is 320 instructions on sm_90, 800 cycles by the static model, of which a round of `_resolve` is 60 (RPN
+proposals take 1.2 rounds). More rows have a warp for each 512. Blocks of 32 boxes would be bound by the latency of
+their loads. Not yet measured on a GPU.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ if TYPE_CHECKING:
 CHANNELS_PER_PROGRAM = {2: 64, 4: 64, 8: 32}
 MANY_CHANNELS = 256
 # Windows in the lists of all tiles together, in one set of launches; more take several.
-MAX_LIST_ENTRIES = 1 << 25
+MAX_LIST_ENTRIES = 1 << 26
 NUM_WARPS = 4
 NUM_STAGES = 3
 # With 168 registers per thread three programs share an SM, with the 186 that the compiler takes only two. From sm_90 on

@@ -121,7 +121,7 @@ def interpolate_along(positions: AxisPositions, extent: int, spec: RoIAlignSpec)
     position = positions.position
     inside = (position >= -1) & (position <= extent)
     position = position.clamp(0, extent - 1)
-    low = position.long()
+    low = position.long().clamp(max=extent - 1)  # beyond 2^24 pixels the position may be rounded up
     fraction = position - low
     weights = torch.stack([1 - fraction, fraction], 1) * inside[:, None]
     if spec.reduction == "mean":
@@ -328,7 +328,7 @@ def neighbours(axis, sample, RATIO: tl.constexpr = 0):
     position, inside = position_of(axis, sample, RATIO)
     if RATIO == 0:
         inside &= sample < axis.visited
-    low = position.to(tl.int32)
+    low = tl.minimum(position.to(tl.int32), axis.extent - 1)  # beyond 2^24 pixels the position may be rounded up
     fraction = position - low
     high = tl.minimum(low + 1, axis.extent - 1)
     return low, high, tl.where(inside, 1 - fraction, 0.0), tl.where(inside, fraction, 0.0)

@@ -51,6 +51,8 @@ def _add_winner(total, grad_bin, winner, rows, columns, tile, pixel, TILE: tl.co
     across = tl.maximum(columns.visited.to(tl.int32), 1)
     weight = _sample_weights(rows, winner // across, tile.row, pixel // TILE, RATIO)
     weight *= _sample_weights(columns, winner % across, tile.column, pixel % TILE, RATIO)
+    if RATIO == 0:  # an empty box has no samples, and its winner 0 is none
+        weight = tl.where((rows.visited > 0) & (columns.visited > 0), weight, 0.0)
     return total + weight * grad_bin[None, :]
 
 

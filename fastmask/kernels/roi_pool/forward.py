@@ -12,7 +12,6 @@ from torch import Tensor
 from fastmask.kernels._launch import Launch
 from fastmask.kernels._runtime import (
     ceil_div,
-    is_channels_last,
     jit,
     next_power_of_2,
     on_device_of,
@@ -120,7 +119,9 @@ def launch_roi_pool(features: Sequence[Tensor], boxes: Tensor, spec: RoIPoolSpec
     shapes = tuple([feature.shape for feature in features])
     channel_blocks, launch = _prepared(spec, shapes, output.dtype, boxes.dtype)
     # Channels innermost, and transposed once: a bin of an NCHW output is a sector of 32 bytes for each channel.
-    pooled = output if is_channels_last(output) else torch.empty_like(output, memory_format=torch.channels_last)
+    pooled = output
+    if not output.is_contiguous(memory_format=torch.channels_last):
+        pooled = torch.empty_like(output, memory_format=torch.channels_last)
     features = tuple([feature.contiguous(memory_format=torch.channels_last) for feature in features])
     with on_device_of(boxes):
         grid = boxes.shape[0] * spec.pooled_height, channel_blocks

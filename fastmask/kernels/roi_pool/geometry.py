@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastmask.kernels._runtime import divide, divide_by_constant, float_of, jit, tl, triton_dtype
+from fastmask.kernels._runtime import divide_by_constant, float_of, jit, tl, triton_dtype
 from fastmask.kernels.roi_align.geometry import level_of, size_of
 from fastmask.kernels.roi_align.levels import PyramidSpec, thresholds_of
 
@@ -85,7 +85,7 @@ def _round_half_away(x):
 def _bin_size(start, end, pooled, BINS: tl.constexpr, COMPUTE: tl.constexpr):
     pixels = end.to(tl.int64) - start.to(tl.int64) + 1
     size = tl.where(pooled, tl.maximum(pixels, 1), 0).to(COMPUTE)
-    return divide_by_constant(size, BINS) if BINS <= 1 << 22 else divide(size, BINS * 1.0)
+    return divide_by_constant(size, BINS)
 
 
 class Window(NamedTuple):

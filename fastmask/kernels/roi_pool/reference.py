@@ -116,7 +116,7 @@ def roi_pool_backward_reference(
     step = max(1, MAX_GRADIENTS // max(1, grad[:1].numel()))
     for (height, width), on_level in zip(shape.levels, selected, strict=True):
         pixels = height * width
-        table = torch.zeros(shape.num_images * pixels, channels, dtype=compute_dtype(grad.dtype))
+        table = grad.new_zeros(shape.num_images * pixels, channels, dtype=compute_dtype(grad.dtype))
         for k in _pieces(on_level, len(boxes), step) if table.numel() else ():
             values, winner = as_rows(grad[k]), argmax[k].permute(0, 2, 3, 1).flatten(0, 2)
             if (winner < 0).any():
