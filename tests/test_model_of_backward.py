@@ -8,6 +8,7 @@ from benchmarks.harness.operators import Launch
 from benchmarks.harness.workloads import STRIDES, objects
 from fastmask.kernels._level_lists import list_boxes_by_level
 from fastmask.kernels._runtime import INTERPRETED, pack_size, triton_dtype
+from fastmask.kernels.roi_align.levels import scale_bits_of
 from fastmask.kernels.roi_align.op import RoIAlignSpec
 from fastmask.kernels.roi_align.tile_lists import BOXES_PER_STEP, TILE, WINDOW, list_windows_kernel
 from tests.conftest import DEVICES
@@ -31,7 +32,7 @@ def test_windows_of_each_tile(monkeypatch, bins, ratio, aligned, device):
         "boxes": rois.to(device),
         "sizes": tuple(pack_size(*level) for level in levels),
         "num_images": IMAGES,
-        "scales": spec.scale_bits(),
+        "scales": scale_bits_of(spec),
         "PH": bins,
         "PW": bins,
         "RATIO": ratio,

@@ -27,13 +27,12 @@ from fastmask.kernels._rois import (
     check_features,
     check_output_size,
     check_sampling_ratio,
-    check_scales,
     image_indices,
     to_rois,
 )
 from fastmask.kernels._runtime import Size, overridable, register
-from fastmask.kernels._validation import check_choice, check_int, check_positive, check_sequence
-from fastmask.kernels.roi_align.levels import EXPLICIT, ROUNDINGS, check_levels
+from fastmask.kernels._validation import check_choice, check_positive, check_sequence
+from fastmask.kernels.roi_align.levels import EXPLICIT, check_pyramid
 from fastmask.kernels.roi_align.op import RoIAlignSpec, roi_align_operator
 from fastmask.kernels.roi_pool.geometry import levels_of_boxes, quantise
 
@@ -127,15 +126,10 @@ def multiscale_roi_warp(
     levels = check_features("features", check_sequence("features", features, "Tensors"))
     rois = to_rois(boxes, levels[0], "features")
     pooled = check_output_size(output_size, levels[0].shape[1])
-    scales = check_scales("spatial_scales", spatial_scales, len(levels))
-    rounding = check_choice("level_rounding", level_rounding, ROUNDINGS)
-    check_levels("spatial_scales", scales, rounding)
+    pyramid = check_pyramid(len(levels), spatial_scales, canonical_box_size, canonical_level, level_rounding)
     spec = RoundingSpec(
         num_images=levels[0].shape[0],
-        spatial_scales=scales,
-        canonical_box_size=check_positive("canonical_box_size", canonical_box_size),
-        canonical_level=check_int("canonical_level", canonical_level),
-        level_rounding=rounding,
+        **pyramid,
     )
     return _pool_rounded(levels, rois, pooled, spec, sampling_ratio, reduction)
 

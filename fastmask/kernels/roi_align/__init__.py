@@ -28,12 +28,11 @@ from fastmask.kernels._rois import (
     check_features,
     check_output_size,
     check_sampling_ratio,
-    check_scales,
     to_rois,
 )
 from fastmask.kernels._runtime import overridable
-from fastmask.kernels._validation import check_choice, check_flag, check_int, check_positive, check_sequence
-from fastmask.kernels.roi_align.levels import ROUNDINGS, check_levels
+from fastmask.kernels._validation import check_choice, check_flag, check_positive, check_sequence
+from fastmask.kernels.roi_align.levels import check_pyramid
 from fastmask.kernels.roi_align.op import RoIAlignSpec, roi_align_operator
 
 
@@ -85,19 +84,14 @@ def multiscale_roi_align(
     levels = check_features("features", check_sequence("features", features, "Tensors"))
     rois = to_rois(boxes, levels[0], "features")
     pooled = check_output_size(output_size, levels[0].shape[1])
-    scales = check_scales("spatial_scales", spatial_scales, len(levels))
-    rounding = check_choice("level_rounding", level_rounding, ROUNDINGS)
-    check_levels("spatial_scales", scales, rounding)
+    pyramid = check_pyramid(len(levels), spatial_scales, canonical_box_size, canonical_level, level_rounding)
     spec = RoIAlignSpec(
         pooled_height=pooled[0],
         pooled_width=pooled[1],
-        spatial_scales=scales,
         sampling_ratio=check_sampling_ratio(sampling_ratio, pooled),
         aligned=check_flag("aligned", aligned),
         reduction=check_choice("reduction", reduction, REDUCTIONS),
-        canonical_box_size=check_positive("canonical_box_size", canonical_box_size),
-        canonical_level=check_int("canonical_level", canonical_level),
-        level_rounding=rounding,
+        **pyramid,
     )
     output, _ = roi_align_operator(levels, rois, *spec)
     return output

@@ -17,12 +17,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from fastmask.kernels._rois import check_scales
 from fastmask.kernels._runtime import float64_bits, pack_size
+from fastmask.kernels._validation import check_choice, check_int, check_positive
 
 ROUNDINGS = ("torchvision", "detectron2")
 # Not for users: column 0 of boxes `[K, 5]` is image * L + level, and the boxes are in pixels of their level.
@@ -97,6 +99,21 @@ def check_levels(name: str, spatial_scales: Sequence[float], level_rounding: str
         raise ValueError(f"{name}: expected the finest level first, got {spatial_scales}")
     if level_rounding == "detectron2" and last - first + 1 != len(spatial_scales):
         raise ValueError(f"{name}: expected consecutive powers of 2, got {spatial_scales}")
+
+
+def check_pyramid(
+    count: int, spatial_scales: Any, canonical_box_size: Any, canonical_level: Any, level_rounding: Any
+) -> dict[str, Any]:
+    """The arguments that map boxes to `count` levels, checked: fields of a `PyramidSpec` by name."""
+    scales = check_scales("spatial_scales", spatial_scales, count)
+    rounding = check_choice("level_rounding", level_rounding, ROUNDINGS)
+    check_levels("spatial_scales", scales, rounding)
+    return {
+        "spatial_scales": scales,
+        "canonical_box_size": check_positive("canonical_box_size", canonical_box_size),
+        "canonical_level": check_int("canonical_level", canonical_level),
+        "level_rounding": rounding,
+    }
 
 
 def assign_fpn_levels(boxes: Tensor, spatial_scales: Sequence[float], rule: LevelRule) -> Tensor:

@@ -13,7 +13,7 @@ from fastmask.kernels.roi_align.backward import launch_roi_align_backward
 from fastmask.kernels.roi_align.box_gradient import launch_roi_align_box_backward
 from fastmask.kernels.roi_align.box_gradient_reference import roi_align_box_backward_reference
 from fastmask.kernels.roi_align.forward import launch_roi_align
-from fastmask.kernels.roi_align.levels import rule_of, scale_bits_of, thresholds_of
+from fastmask.kernels.roi_align.levels import PyramidSpec, rule_of, thresholds_of
 from fastmask.kernels.roi_align.reference import roi_align_backward_reference, roi_align_reference
 
 
@@ -32,7 +32,6 @@ class RoIAlignSpec(NamedTuple):
 
     rule = property(rule_of)
     thresholds = thresholds_of
-    scale_bits = scale_bits_of
 
     def empty_outputs(self, features: Sequence[Tensor], boxes: Tensor) -> tuple[Tensor, Tensor]:
         """Memory for the output, in the format of the first level, and for the maximum's argmax."""
@@ -73,6 +72,25 @@ class PyramidShape(NamedTuple):
         return [empty(grad, (self.num_images, grad.shape[1], *level), channels_last) for level in self.levels]
 
 
+def with_shape(function: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
+    """Pass the `sizes` of a backward operator on as a `PyramidShape`."""
+
+    def call(
+        grad: Tensor, boxes: Tensor, argmax: Tensor, sizes: list[int], channels_last: bool, spec: PyramidSpec
+    ) -> list[Tensor]:
+        return function(grad, boxes, argmax, PyramidShape.unpack(sizes), channels_last, spec)
+
+    return call
+
+
+def fake_backward(
+    grad: Tensor, boxes: Tensor, argmax: Tensor, shape: PyramidShape, channels_last: bool, spec: PyramidSpec
+) -> list[Tensor]:
+    """The gradients of the levels, for `with_shape`."""
+    del boxes, argmax, spec
+    return shape.empty_features(grad, channels_last)
+
+
 def _fake_roi_align(features: Sequence[Tensor], boxes: Tensor, spec: RoIAlignSpec) -> tuple[Tensor, Tensor]:
     return spec.empty_outputs(features, boxes)
 
@@ -95,24 +113,6 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[list[Tensor] | list[No
     if boxes_need_grad:
         grad_boxes = _roi_align_box_backward(grad, features, boxes, argmax, *ctx.spec)
     return grad_features, grad_boxes
-
-
-def _with_shape(function: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
-    """Pass the operator's `sizes` on as a `PyramidShape`."""
-
-    def call(
-        grad: Tensor, boxes: Tensor, argmax: Tensor, sizes: list[int], channels_last: bool, spec: RoIAlignSpec
-    ) -> list[Tensor]:
-        return function(grad, boxes, argmax, PyramidShape.unpack(sizes), channels_last, spec)
-
-    return call
-
-
-def _fake_backward(
-    grad: Tensor, boxes: Tensor, argmax: Tensor, shape: PyramidShape, channels_last: bool, spec: RoIAlignSpec
-) -> list[Tensor]:
-    del boxes, argmax, spec
-    return shape.empty_features(grad, channels_last)
 
 
 def _setup_double_backward(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -147,9 +147,9 @@ def _box_double_backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
 _roi_align_backward = register(
     "roi_align_backward(Tensor grad, Tensor boxes, Tensor argmax, SymInt[] sizes, bool channels_last, *spec)"
     " -> Tensor[]",
-    reference=_with_shape(roi_align_backward_reference),
-    launch=_with_shape(launch_roi_align_backward),
-    fake=_with_shape(_fake_backward),
+    reference=with_shape(roi_align_backward_reference),
+    launch=with_shape(launch_roi_align_backward),
+    fake=with_shape(fake_backward),
     backward=_double_backward,
     setup_context=_setup_double_backward,
     spec=RoIAlignSpec,

@@ -25,10 +25,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fastmask.kernels._rois import check_features, check_output_size, check_scales, to_rois
+from fastmask.kernels._rois import check_features, check_output_size, to_rois
 from fastmask.kernels._runtime import overridable
-from fastmask.kernels._validation import MAX_INT32, check_choice, check_int, check_positive, check_sequence
-from fastmask.kernels.roi_align.levels import ROUNDINGS, check_levels
+from fastmask.kernels._validation import MAX_INT32, check_positive, check_sequence
+from fastmask.kernels.roi_align.levels import check_pyramid
 from fastmask.kernels.roi_pool.op import RoIPoolSpec, roi_pool_operator
 
 
@@ -75,15 +75,10 @@ def multiscale_roi_pool(
     _check_pixels("features", levels)
     rois = to_rois(boxes, levels[0], "features")
     pooled = check_output_size(output_size, levels[0].shape[1])
-    scales = check_scales("spatial_scales", spatial_scales, len(levels))
-    rounding = check_choice("level_rounding", level_rounding, ROUNDINGS)
-    check_levels("spatial_scales", scales, rounding)
+    pyramid = check_pyramid(len(levels), spatial_scales, canonical_box_size, canonical_level, level_rounding)
     spec = RoIPoolSpec(
         *pooled,
-        spatial_scales=scales,
-        canonical_box_size=check_positive("canonical_box_size", canonical_box_size),
-        canonical_level=check_int("canonical_level", canonical_level),
-        level_rounding=rounding,
+        **pyramid,
     )
     output, _ = roi_pool_operator(levels, rois, *spec)
     return output

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastmask.kernels._runtime import Size, empty, is_channels_last, register
-from fastmask.kernels.roi_align.levels import rule_of, scale_bits_of, thresholds_of
-from fastmask.kernels.roi_align.op import PyramidShape
+from fastmask.kernels.roi_align.levels import thresholds_of
+from fastmask.kernels.roi_align.op import PyramidShape, fake_backward, with_shape
 from fastmask.kernels.roi_pool.backward import launch_roi_pool_backward
 from fastmask.kernels.roi_pool.forward import launch_roi_pool
 from fastmask.kernels.roi_pool.reference import gather_winners, roi_pool_backward_reference, roi_pool_reference
@@ -26,9 +26,7 @@ class RoIPoolSpec(NamedTuple):
     canonical_level: int = 4
     level_rounding: str = "torchvision"
 
-    rule = property(rule_of)
     thresholds = thresholds_of
-    scale_bits = scale_bits_of
 
     def empty_outputs(self, features: Sequence[Tensor], boxes: Tensor) -> tuple[Tensor, Tensor]:
         """Memory for the output, in the first level's memory format, and for argmax, which is channels_last always."""
@@ -53,24 +51,6 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[list[Tensor], None]:
     boxes, argmax = ctx.saved_tensors
     return _roi_pool_backward(grad, boxes, argmax, ctx.sizes, ctx.channels_last, *ctx.spec), None
-
-
-def _with_shape(function: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
-    """Pass the operator's `sizes` on as a `PyramidShape`."""
-
-    def call(
-        grad: Tensor, boxes: Tensor, argmax: Tensor, sizes: list[int], channels_last: bool, spec: RoIPoolSpec
-    ) -> list[Tensor]:
-        return function(grad, boxes, argmax, PyramidShape.unpack(sizes), channels_last, spec)
-
-    return call
-
-
-def _fake_backward(
-    grad: Tensor, boxes: Tensor, argmax: Tensor, shape: PyramidShape, channels_last: bool, spec: RoIPoolSpec
-) -> list[Tensor]:
-    del boxes, argmax, spec
-    return shape.empty_features(grad, channels_last)
 
 
 def _setup_double_backward(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -116,9 +96,9 @@ _gather_winners = register(
 _roi_pool_backward = register(
     "roi_pool_backward(Tensor grad, Tensor boxes, Tensor argmax, SymInt[] sizes, bool channels_last, *spec)"
     " -> Tensor[]",
-    reference=_with_shape(roi_pool_backward_reference),
-    launch=_with_shape(launch_roi_pool_backward),
-    fake=_with_shape(_fake_backward),
+    reference=with_shape(roi_pool_backward_reference),
+    launch=with_shape(launch_roi_pool_backward),
+    fake=with_shape(fake_backward),
     backward=_double_backward,
     setup_context=_setup_double_backward,
     spec=RoIPoolSpec,
