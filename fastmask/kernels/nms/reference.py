@@ -118,9 +118,12 @@ def _is_earlier(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return (position[:, None] < position).to(dtype)
 
 
-def _keep_by_matrix(boxes: _Boxes, threshold: float, scratch: Tensor) -> Tensor:
-    """Which boxes stay, boolean `[M]`, from all their pairs."""
-    suppresses, size = _suppresses(boxes, boxes, threshold, scratch), len(boxes.area)
+def _keep_by_matrix(boxes: _Boxes, threshold: float, scratch: Tensor | None = None) -> Tensor:
+    """Which boxes stay, boolean `[M]`, from all their pairs; see `_suppresses` for `scratch`."""
+    size = len(boxes.area)
+    if scratch is None:
+        scratch = boxes.extent.new_empty(4 * size * size)
+    suppresses = _suppresses(boxes, boxes, threshold, scratch)
     is_earlier = _is_earlier(max(BLOCK, ALL_PAIRS), scratch.dtype, scratch.device)
     suppressed_by = suppresses.mul_(is_earlier[:size, :size]).t()
     stays = scratch.new_ones(size)
@@ -191,7 +194,7 @@ def _keep(boxes: _Boxes, threshold: float) -> Tensor:
     """Which boxes stay, boolean `[M]`, where boxes can only suppress others of their group."""
     size = len(boxes.area)
     if size <= ALL_PAIRS:
-        return _keep_by_matrix(boxes, threshold, boxes.extent.new_empty(4 * size * size))
+        return _keep_by_matrix(boxes, threshold)
     if boxes.group is not None:
         return _keep_groups(boxes, threshold)
     pairs = find_candidate_pairs(boxes.extent, boxes.area, None, threshold)
@@ -215,10 +218,8 @@ def _keep_groups(boxes: _Boxes, threshold: float) -> Tensor:
     for crowd in crowds:
         members = (group == crowd).nonzero()[:, 0]
         of_crowd = _Boxes(extent[:, members], area[members], None)
-        if len(members) <= ALL_PAIRS:
-            keep[members] = _keep_by_matrix(of_crowd, threshold, extent.new_empty(4 * len(members) ** 2))
-        else:
-            keep[members] = _keep_by_blocks(of_crowd, threshold)
+        keep_crowd = _keep_by_matrix if len(members) <= ALL_PAIRS else _keep_by_blocks
+        keep[members] = keep_crowd(of_crowd, threshold)
     return keep
 
 

@@ -80,11 +80,16 @@ def scale_bits_of(spec: PyramidSpec) -> tuple[int, ...]:
     return tuple(float64_bits(scale) for scale in spec.spatial_scales)
 
 
+def pack_sizes(levels: Sequence[tuple[int, int]]) -> tuple[int, ...]:
+    """Each level's `(height, width)` in one integer, as kernels take them."""
+    return tuple(pack_size(height, width) for height, width in levels)
+
+
 def pyramid_numbers(
     spec: PyramidSpec, num_images: int, levels: Sequence[tuple[int, int]]
 ) -> tuple[tuple[int, ...], int, tuple[int, ...]]:
     """A pyramid as kernels take it, `sizes, num_images, scales`; `levels` are its `(height, width)`."""
-    return tuple(pack_size(height, width) for height, width in levels), num_images, scale_bits_of(spec)
+    return pack_sizes(levels), num_images, scale_bits_of(spec)
 
 
 def level_range(spatial_scales: Sequence[float]) -> tuple[int, int]:

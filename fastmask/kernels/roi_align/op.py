@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastmask.kernels._runtime import Size, empty, is_channels_last, pack_size, register
+from fastmask.kernels._runtime import Size, empty, is_channels_last, register
 from fastmask.kernels.roi_align.backward import launch_roi_align_backward
 from fastmask.kernels.roi_align.box_gradient import launch_roi_align_box_backward
 from fastmask.kernels.roi_align.box_gradient_reference import roi_align_box_backward_reference
@@ -62,10 +62,6 @@ class PyramidShape(NamedTuple):
     def pack(self) -> list[int]:
         """`[N, H_1, W_1, ..., H_L, W_L]`."""
         return [self.num_images, *(side for level in self.levels for side in level)]
-
-    def kernel_sizes(self) -> tuple[int, ...]:
-        """Each level's height and width in one integer, as kernels take them."""
-        return tuple(pack_size(*level) for level in self.levels)
 
     def empty_features(self, grad: Tensor, channels_last: bool) -> list[Tensor]:
         """Memory for the gradients of the levels, of the output's gradient `grad`."""

@@ -27,6 +27,7 @@ from fastmask.kernels._runtime import (
     tl,
     triton_dtype,
 )
+from fastmask.kernels.roi_align.levels import pack_sizes
 from fastmask.kernels.roi_pool.regions import (
     MAX_LIST_ENTRIES,
     REGION,
@@ -136,7 +137,7 @@ def _prepared(
     block = min(block, MAX_CHANNELS_ON_HIP) if target_backend() == "hip" else block
     launch = Launch(
         _roi_pool_backward_kernel,
-        shape.kernel_sizes(),
+        pack_sizes(shape.levels),
         shape.num_images,
         C=channels,
         PH=spec.pooled_height,

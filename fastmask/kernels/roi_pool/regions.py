@@ -16,7 +16,7 @@ from torch import Tensor
 from fastmask.kernels._launch import Launch
 from fastmask.kernels._runtime import ceil_div, jit, tl, triton_dtype
 from fastmask.kernels.roi_align.geometry import size_of
-from fastmask.kernels.roi_align.levels import pyramid_numbers
+from fastmask.kernels.roi_align.levels import pack_sizes, pyramid_numbers
 from fastmask.kernels.roi_pool.geometry import bin_edges, position_dtype, window_of
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ def round_boxes(boxes: Tensor, shape: PyramidShape, spec: RoIPoolSpec) -> Tensor
 @lru_cache(maxsize=1024)
 def _prepared_lists(shape: PyramidShape, step: int) -> Launch:
     return Launch(
-        _list_boxes_by_region_kernel, shape.kernel_sizes(), shape.num_images, REGION=REGION, STEP=step, num_warps=1
+        _list_boxes_by_region_kernel, pack_sizes(shape.levels), shape.num_images, REGION=REGION, STEP=step, num_warps=1
     )
 
 
