@@ -96,14 +96,17 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     _, argmax = output
     # The gradient of the boxes alone reads the features: they are not kept alive for that of the features.
     ctx.save_for_backward(boxes, argmax, *(features if boxes.requires_grad else ()))
+    ctx.set_materialize_grads(False)  # argmax has none; zeros of its size would be written in each backward
     ctx.sizes = PyramidShape.of(features).pack()
     ctx.channels_last = is_channels_last(features[0])
 
 
-def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[list[Tensor] | list[None], Tensor | None]:
-    boxes, argmax, *features = ctx.saved_tensors
+def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[list[Tensor] | list[None], Tensor | None]:
     features_need_grad, boxes_need_grad = ctx.needs_input_grad[:2]
     grad_features, grad_boxes = [None] * len(features_need_grad), None
+    if grad is None:
+        return grad_features, grad_boxes
+    boxes, argmax, *features = ctx.saved_tensors
     if any(features_need_grad):
         grad_features = _roi_align_backward(grad, boxes, argmax, ctx.sizes, ctx.channels_last, *ctx.spec)
     if boxes_need_grad:

@@ -44,11 +44,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     features, boxes, ctx.spec = inputs
     _, argmax = output
     ctx.save_for_backward(boxes, argmax)
+    ctx.set_materialize_grads(False)  # argmax has none; zeros of its size would be written in each backward
     ctx.sizes = PyramidShape.of(features).pack()
     ctx.channels_last = is_channels_last(features[0])
 
 
-def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[list[Tensor], None]:
+def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[list[Tensor] | list[None], None]:
+    if grad is None:
+        return [None] * len(ctx.needs_input_grad[0]), None
     boxes, argmax = ctx.saved_tensors
     return _roi_pool_backward(grad, boxes, argmax, ctx.sizes, ctx.channels_last, *ctx.spec), None
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastmask.kernels._rois import image_indices
 from fastmask.kernels._runtime import compute_dtype
-from fastmask.kernels.roi_align.reference import as_rows, write_rows
+from fastmask.kernels.roi_align.reference import as_rows
 from fastmask.kernels.roi_pool.geometry import bin_spans, levels_of_boxes, lowest_feature, quantise
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fastmask.kernels.roi_pool.op import RoIPoolSpec
 
 MAX_FEATURES = 1 << 19  # of the bins that are pooled at a time: 2 MB, which stay in cache
-MAX_GRADIENTS = 1 << 20  # that the backward scatters at a time: about 12 MB
+MAX_GRADIENTS = 1 << 19  # that the backward scatters at a time: about 12 MB
 
 
 def roi_pool_reference(features: Sequence[Tensor], boxes: Tensor, spec: RoIPoolSpec) -> tuple[Tensor, Tensor]:
@@ -109,27 +109,38 @@ def _first_equal(sampled: Tensor, maximum: Tensor, offset: Tensor) -> Tensor:
 def roi_pool_backward_reference(
     grad: Tensor, boxes: Tensor, argmax: Tensor, shape: PyramidShape, channels_last: bool, spec: RoIPoolSpec
 ) -> list[Tensor]:
-    """Add each gradient to its winner's row; on the CPU `scatter_add_` keeps the order of RoIs and bins."""
+    """Add each gradient to its winner; on the CPU `scatter_add_` keeps the order of RoIs and bins."""
     grads, channels = [], grad.shape[1]
     selected = _select_boxes(boxes, shape.num_images, spec)
     image = image_indices(boxes, shape.num_images)
     step = max(1, MAX_GRADIENTS // max(1, grad[:1].numel()))
+    dtype = compute_dtype(grad.dtype)
     for (height, width), on_level in zip(shape.levels, selected, strict=True):
         pixels = height * width
-        table = grad.new_zeros(shape.num_images * pixels, channels, dtype=compute_dtype(grad.dtype))
-        for k in _pieces(on_level, len(boxes), step) if table.numel() else ():
-            values, winner = as_rows(grad[k]), argmax[k].permute(0, 2, 3, 1).flatten(0, 2)
-            if (winner < 0).any():
-                values, winner = values.where(winner >= 0, 0), winner.clamp(min=0)
-            first_pixel = (image[k] * pixels).repeat_interleave(spec.pooled_height * spec.pooled_width)[:, None]
-            table.scatter_add_(0, winner + first_pixel, values)
-        rows = table.to(grad.dtype)
-        level = rows.view(shape.num_images, height, width, channels).permute(0, 3, 1, 2)
-        if not channels_last:
-            level = torch.empty(level.shape, dtype=rows.dtype, device=rows.device)
-            write_rows(level, rows, None)
-        grads.append(level)
+        if channels_last:
+            table = grad.new_zeros(shape.num_images * pixels, channels, dtype=dtype)
+            for k in _pieces(on_level, len(boxes), step) if table.numel() else ():
+                values, winner = _without_losers(as_rows(grad[k]), argmax[k].permute(0, 2, 3, 1).flatten(0, 2))
+                first_pixel = (image[k] * pixels).repeat_interleave(spec.pooled_height * spec.pooled_width)[:, None]
+                table.scatter_add_(0, winner + first_pixel, values)
+            level = table.view(shape.num_images, height, width, channels).permute(0, 3, 1, 2)
+        else:
+            level = grad.new_zeros(shape.num_images, channels, height, width, dtype=dtype)
+            for k in _pieces(on_level, len(boxes), step) if level.numel() else ():
+                winner = argmax[k].to(torch.long, memory_format=torch.contiguous_format)
+                values, winner = _without_losers(grad[k].flatten(2), winner.flatten(2))
+                for of_image, of_roi, pixel in zip(image[k].tolist(), values, winner, strict=True):
+                    level[of_image].flatten(1).scatter_add_(1, pixel, of_roi)
+        grads.append(level.to(grad.dtype))
     return grads
+
+
+def _without_losers(values: Tensor, winner: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients in the type of their sum, 0 where nothing won, and valid indices."""
+    values = values.to(compute_dtype(values.dtype))
+    if winner.numel() and winner.min() < 0:
+        return values.where(winner >= 0, 0), winner.clamp(min=0)
+    return values, winner
 
 
 def gather_winners(features: Sequence[Tensor], boxes: Tensor, argmax: Tensor, spec: RoIPoolSpec) -> Tensor:
