@@ -34,7 +34,8 @@ class _Axis:
         self.first_bin = (((first - 1 - slack - start) / bin - (1 - half)).floor() + 1).clamp(0, bins).long()
         end_bin = ((first + TILE + slack - start) / bin - half).ceil().clamp(0, bins).long()
         self.windows = ((end_bin - self.first_bin).clamp(min=0) + WINDOW - 1) // WINDOW
-        self.bins = (self.first_bin + self.windows * WINDOW).clamp(max=bins) - self.first_bin  # that are loaded
+        self.reaching = (end_bin - self.first_bin).clamp(min=0)
+        self.loaded = (self.first_bin + self.windows * WINDOW).clamp(max=bins) - self.first_bin
         self.visited = positions_along(start, end, bins, extent, spec).visited.view(-1, bins)  # [K, bins]
 
     def more_samples(self) -> Tensor:
@@ -72,7 +73,8 @@ class _Windows:
     """The windows of all tiles together."""
 
     counts: Tensor  # [tiles] int64
-    bins: float  # that are loaded
+    bins: int  # that are loaded: for the maximum those that reach the tile, else all of each window
+    rows: int  # of bins that reach the tile, over all windows
     more_rows: float  # samples along y of the windows' bins, after the first of each
     more_columns: float
 
@@ -82,14 +84,17 @@ class _Windows:
 
 
 def _windows(launch: Launch) -> _Windows:
-    counts, bins, more_rows, more_columns = [], 0, 0, 0
+    counts, bins, rows, more_rows, more_columns = [], 0, 0, 0, 0
+    exact = launch.arguments["REDUCTION"] == "max"
     for group in groups(launch):
         tiles = _tiles_of(group, spec_of(launch.arguments))
         counts.append(tiles.summed(tiles.y.windows, tiles.x.windows).flatten())
-        bins += int(tiles.summed(tiles.y.bins, tiles.x.bins).sum())
+        y, x = (axis.reaching if exact else axis.loaded for axis in (tiles.y, tiles.x))
+        bins += int(tiles.summed(y, x).sum())
+        rows += int(tiles.summed(tiles.y.reaching, tiles.x.windows).sum())
         more_rows += int(tiles.summed(tiles.y.more_samples(), tiles.x.windows).sum())
         more_columns += int(tiles.summed(tiles.y.windows, tiles.x.more_samples()).sum())
-    return _Windows(torch.cat(counts), bins, more_rows, more_columns)
+    return _Windows(torch.cat(counts), bins, rows, more_rows, more_columns)
 
 
 @dataclass(frozen=True)
@@ -178,7 +183,6 @@ def _segment_sums(launch: Launch) -> Work:
         branches={
             "if in_segment > 0": float(segments.length > 0),
             "if count > 0": exists,
-            **_bin_exists(launch, windows),
         },
     )
 
@@ -205,7 +209,6 @@ def _backward(launch: Launch) -> Work:
         branches={
             "if count > SEGMENT": float((windows.counts > a["SEGMENT"]).float().mean()),
             "if count <= walked": float((~segments.split).float().mean()),
-            **_bin_exists(launch, windows),
         },
         longest={**trips, "sum_windows.at": float(here.max())},
     )
@@ -216,16 +219,11 @@ def _of_windows(launch: Launch, windows: _Windows, walked: float) -> dict[str, f
     a = launch.arguments
     trips: dict[str, float | tuple[float, ...]] = {"sum_windows.at": walked}
     if a["REDUCTION"] == "max":
-        trips["sum_windows.bin"] = float(WINDOW * WINDOW)
+        trips["sum_windows.bin_p"] = windows.rows / windows.total
+        trips["sum_windows.bin_q"] = windows.bins / windows.rows
     elif a["RATIO"] == 0:
         trips["_axis_weights.i"] = windows.more_rows / windows.total, windows.more_columns / windows.total
     return trips
-
-
-def _bin_exists(launch: Launch, windows: _Windows) -> dict[str, float]:
-    if launch.arguments["REDUCTION"] != "max":
-        return {}
-    return {"if (bin_p < PH) & (bin_q < PW)": windows.bins / (windows.total * WINDOW * WINDOW)}
 
 
 def _gradient_itemsize(launch: Launch) -> int:

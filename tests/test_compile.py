@@ -8,6 +8,7 @@ from triton.runtime.jit import JITFunction
 
 from benchmarks.harness.operators import Call, Limit, Operator, operators
 from benchmarks.reporting.compile_report import COMMAND, DOCUMENT, TARGETS, Row, document, measure, section, violations
+from benchmarks.reporting.model_report import ARCHITECTURE, target_section
 from fastmask.kernels._runtime import jit, tl, triton
 
 pytestmark = pytest.mark.reference_only
@@ -27,6 +28,9 @@ def test_kernels_keep_their_limits_and_the_committed_table(architecture):
         pytest.fail("\n".join([*broken, "", table]), pytrace=False)
     if table not in DOCUMENT.read_text():
         pytest.fail(f"not the committed table: run `{COMMAND}` and review its diff\n\n{table}", pytrace=False)
+    if architecture == ARCHITECTURE:
+        models = [part for row in rows for part in row.modelled]
+        assert target_section(models, operators()) in DOCUMENT.read_text(), f"run `{COMMAND}` and review its diff"
 
 
 def test_the_committed_table_is_of_this_triton():

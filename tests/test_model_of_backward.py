@@ -6,8 +6,8 @@ import torch
 from benchmarks import model_pooling, model_roi_align_backward
 from benchmarks.harness.operators import Launch
 from benchmarks.harness.workloads import STRIDES, objects
-from fastmask.kernels._level_lists import list_boxes_by_level
 from fastmask.kernels._runtime import INTERPRETED, pack_size, triton_dtype
+from fastmask.kernels.roi_align.level_lists import list_boxes_by_level
 from fastmask.kernels.roi_align.levels import scale_bits_of
 from fastmask.kernels.roi_align.op import RoIAlignSpec
 from fastmask.kernels.roi_align.tile_lists import BOXES_PER_STEP, TILE, WINDOW, list_windows_kernel

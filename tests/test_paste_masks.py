@@ -112,6 +112,15 @@ def test_float64_is_computed_in_float64(device):
 
 
 @both
+def test_autocast_changes_nothing(device, convention):
+    masks, boxes = (tensor.to(device) for tensor in draw_masks(3, 28, 40, 50))
+    outside = paste_masks(masks, boxes, (40, 50), None, convention=convention)
+    with torch.autocast(device, torch.bfloat16):
+        inside = paste_masks(masks, boxes, (40, 50), None, convention=convention)
+    assert inside.equal(outside)
+
+
+@both
 def test_degenerate_and_non_finite_boxes_paste_nothing(device, convention):
     boxes = [
         [NAN, 0, 9, 9],

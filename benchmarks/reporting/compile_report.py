@@ -36,7 +36,14 @@ from benchmarks.reporting import amdgcn, sass
 from benchmarks.reporting.control_flow import Code
 from benchmarks.reporting.fences import amd_barriers, is_nvidia_barrier, unfenced
 from benchmarks.reporting.hardware import devices, occupancy
-from benchmarks.reporting.model_report import ARCHITECTURE, Modelled, missed_targets, model, model_section
+from benchmarks.reporting.model_report import (
+    ARCHITECTURE,
+    Modelled,
+    missed_targets,
+    model,
+    model_section,
+    target_section,
+)
 from fastmask.kernels._runtime import LAUNCHERS
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "compile_report.md"
@@ -333,7 +340,9 @@ def main() -> int:
         return 0
     declared = operators()
     rows = {architecture: measure(architecture, declared) for architecture in TARGETS}
-    DOCUMENT.write_text(document([section(*item) for item in rows.items()]))
+    models = [part for row in rows[ARCHITECTURE] for part in row.modelled]
+    sections = [section(*item) for item in rows.items()]
+    DOCUMENT.write_text(document([target_section(models, declared), *sections]))
     print(DOCUMENT)
     broken = list(dict.fromkeys(sentence for part in rows.values() for sentence in violations(part, declared)))
     for sentence in broken:

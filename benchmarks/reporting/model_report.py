@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from benchmarks.harness.operators import Launch, Operator
+from benchmarks.harness.operators import Launch, ModelTarget, Operator
 from benchmarks.reporting.control_flow import Code
 from benchmarks.reporting.hardware import Device, resident_programs
 from benchmarks.reporting.static_model import ModelError, Time, executed, time
@@ -70,19 +70,35 @@ def model(
     return Modelled(kernel, case, len(launches), programs, instructions, times)
 
 
+def _targets(
+    modelled: Sequence[Modelled], declared: Mapping[str, Operator]
+) -> Iterator[tuple[ModelTarget, Mapping[str, float]]]:
+    """The targets of the cases in `modelled`, and the microseconds of each of their kernels that is in it."""
+    for target in (target for operator in declared.values() for target in operator.targets):
+        parts = [part for part in modelled if part.case == target.case and part.kernel in target.kernels]
+        yield target, {part.kernel: part.times[TARGET_DEVICE].total for part in parts}
+
+
 def missed_targets(modelled: Sequence[Modelled], declared: Mapping[str, Operator]) -> list[str]:
     """A sentence for each target that the model misses."""
     sentences = []
-    for target in (target for operator in declared.values() for target in operator.targets):
-        parts = [part for part in modelled if part.case == target.case and part.kernel in target.kernels]
-        if missing := sorted(set(target.kernels) - {part.kernel for part in parts}):
+    for target, times in _targets(modelled, declared):
+        if missing := sorted(set(target.kernels) - set(times)):
             sentences.append(f"{target.case}: has a target, but no model of {', '.join(missing)}")
-            continue
-        total = sum(part.times[TARGET_DEVICE].total for part in parts)
-        if total > target.microseconds:
+        elif (total := sum(times.values())) > target.microseconds:
             where = f"{' + '.join(target.kernels)} ({target.case})"
             sentences.append(f"{where}: {total:.1f} us on {TARGET_DEVICE}, at most {target.microseconds:g}")
     return sentences
+
+
+def target_section(modelled: Sequence[Modelled], declared: Mapping[str, Operator]) -> str:
+    """The document's table of all targets that kernels of `modelled` have."""
+    lines = [["case", "kernels", "time", "at most"], ["---", "---", "--:", "--:"]]
+    for target, times in _targets(modelled, declared):
+        if times:
+            kernels = "<br>".join(f"`{kernel}` {time:.1f}" for kernel, time in times.items())
+            lines.append([target.case, kernels, f"{sum(times.values()):.1f}", f"{target.microseconds:g}"])
+    return "\n".join([f"## Targets: {TARGET_DEVICE}\n", *(f"| {' | '.join(line)} |" for line in lines), ""])
 
 
 def model_section(device: Device, modelled: Sequence[Modelled]) -> str:

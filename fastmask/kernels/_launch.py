@@ -43,7 +43,8 @@ class Launch:
         if INTERPRETED:
             self._kernel[grid](*arguments, *self._numbers, **self._settings)
             return
-        # What can change the variant, or the loaded binary, between calls. Triton keys its own caches by the same.
+        # What can change the variant, or the loaded binary, between calls. Triton keys its own caches by the same. It
+        # also calls `pre_run_hooks` and checks the globals that a kernel reads: no kernel here has or changes any.
         knobs = triton.knobs
         key: list[Any] = [
             triton.runtime.driver.active.get_current_device(),

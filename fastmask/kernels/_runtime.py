@@ -74,8 +74,8 @@ def register(
 ) -> Callable[..., Any]:
     """Define `fastmask::<schema>` and return its overload.
 
-    Autocast passes through: operators take half-precision features beside float32 boxes as they are and
-    accumulate in float32, so there is nothing to cast.
+    Autocast changes nothing: operators take half-precision features beside float32 boxes as they are and accumulate
+    in float32.
 
     Args:
         schema: the operator's; `*spec` stands for the fields of `spec`.
@@ -95,7 +95,7 @@ def register(
         setup_context = setup_context and _context_with_spec(setup_context, spec)
     name = LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
     LAUNCHERS[name] = launch
-    LIBRARY.impl(name, launch if INTERPRETED else reference, "CPU")
+    LIBRARY.impl(name, launch if INTERPRETED else _without_autocast(reference), "CPU")
     for device in ("CUDA", "XPU") if triton else ():  # ROCm answers to CUDA
         LIBRARY.impl(name, launch, device)
     for device in ("AutocastCPU", "AutocastCUDA", "AutocastXPU"):
@@ -104,6 +104,19 @@ def register(
     if backward is not None:
         torch.library.register_autograd(f"fastmask::{name}", backward, setup_context=setup_context, lib=LIBRARY)
     return getattr(torch.ops.fastmask, name).default
+
+
+def _without_autocast(reference: Callable[..., Any]) -> Callable[..., Any]:
+    """Autocast would round the factors of a reference's matrix products."""
+
+    @wraps(reference)
+    def call(*args: Any) -> Any:
+        if not torch.is_autocast_enabled("cpu"):
+            return reference(*args)
+        with torch.autocast("cpu", enabled=False):
+            return reference(*args)
+
+    return call
 
 
 def _schema_of(spec: type[Any]) -> str:

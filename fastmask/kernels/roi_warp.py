@@ -9,9 +9,9 @@ RoIAlign's, chosen before the box is rounded; a single feature map is the case L
 same pixels pool the same features. The paper compares RoIAlign with this operator to show that rounding, not the lack
 of interpolation, costs RoIPool its accuracy. Rounding is in float32 (float64 for float64 features).
 
-No kernel of its own: boxes are rounded in torch, and RoIAlign's kernels pool them in one launch. They take boxes in
-pixels of a level that is given: the area of a rounded box may belong to another level. Deterministic, forward and
-backward.
+No kernel of its own: boxes are rounded by about thirty PyTorch operations on `[K, 5]` numbers, and RoIAlign's kernel
+pools all levels in one launch. It takes boxes in pixels of a level that is given: the area of a rounded box may belong
+to another level. Deterministic, forward and backward.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def multiscale_roi_warp(
     canonical_level: int = 4,
     level_rounding: str = "torchvision",
 ) -> Tensor:
-    """RoIWarp of each box from its own level of a feature pyramid, in one launch and without synchronisation.
+    """RoIWarp of each box from its own level of a feature pyramid, without synchronisation.
 
     Args:
         features: list or tuple of L >= 1 levels `[N, C, H_l, W_l]`, finest first: float16, bfloat16, float32 or
@@ -122,6 +122,7 @@ def multiscale_roi_warp(
         ValueError: an argument has the wrong shape, length, device or value. An image index outside [0, N) raises on
             the CPU only: on an accelerator this check would need a host-device synchronisation, and such a box pools
             zeros.
+        NotImplementedError: in a backward, for a second derivative of the maximum.
     """
     levels = check_features("features", check_sequence("features", features, "Tensors"))
     rois = to_rois(boxes, levels[0], "features")
@@ -165,6 +166,7 @@ def roi_warp(
         TypeError: an argument has the wrong type or dtype.
         ValueError: an argument has the wrong shape, device or value. An image index outside [0, N) raises on the CPU
             only: on an accelerator this check would need a host-device synchronisation, and such a box pools zeros.
+        NotImplementedError: in a backward, for a second derivative of the maximum.
     """
     levels = check_features("input", [input])
     rois = to_rois(boxes, levels[0], "input")

@@ -7,8 +7,7 @@ import torch
 
 from benchmarks.harness.pooling import torchvision_ops
 from fastmask import multiscale_roi_align
-from fastmask.kernels import _level_lists as level_lists
-from fastmask.kernels.roi_align import backward
+from fastmask.kernels.roi_align import backward, level_lists
 from fastmask.kernels.roi_align.op import RoIAlignSpec
 from tests.oracles.budget import assert_within_budget
 from tests.oracles.roi_align import SCALES, as_rows, draw_boxes, draw_pyramid, roi_align_matrices
@@ -27,10 +26,10 @@ def one_spot(count):
 
 def check_mean(
     device, dtype=torch.float32, layout=LAST, *, channels=16, pooled=(7, 7), ratio=2, aligned=False, sizes=SIZES,
-    boxes=None,
+    boxes=None, images=None,
 ):  # fmt: skip
     """The gradient of the mean, without its forward."""
-    images = 1 if len(sizes) == 1 else 2
+    images = images or min(len(sizes), 2)
     boxes = (
         draw_boxes(3 if pooled[0] * pooled[1] > 64 else 5, images, 48, seed=pooled[1] + 7 * ratio)
         if boxes is None
@@ -76,8 +75,10 @@ def check_max(device, dtype=torch.float32, layout=LAST, *, ratio=2, count=4):
 
 def with_constants(check, device, **constants):
     """Run `check` with other values of the launcher's constants, which small inputs would not reach."""
+    backward._prepared.cache_clear()
     with mock.patch.multiple(backward, **constants):
         check(device)
+    backward._prepared.cache_clear()
 
 
 def check_long_level_lists(device):
@@ -115,8 +116,17 @@ VARIANTS = {
     "backward, maximum": check_max,
     "backward, maximum, adaptive, float64, NCHW": partial(check_max, dtype=torch.float64, layout=NCHW, ratio=0),
     "backward, long lists of a level": check_long_level_lists,
+    "backward, more levels of images than a step": partial(
+        check_mean, pooled=(1, 1), channels=4, sizes=[(3, 4), (2, 2)], images=33
+    ),
     "backward, several launches": partial(
         with_constants, partial(check_mean, pooled=(2, 2)), MAX_LIST_ENTRIES=3 * 5
+    ),
+    "backward, crowd in several launches": partial(
+        with_constants,
+        partial(check_mean, pooled=(1, 1), sizes=[(9, 10), (5, 5)], boxes=one_spot(12)),
+        SEGMENT=4,
+        MAX_LIST_ENTRIES=3 * 12,
     ),
     "backward, crowd": partial(
         with_constants,

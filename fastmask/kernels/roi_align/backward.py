@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 
 from fastmask.kernels._launch import Launch
-from fastmask.kernels._level_lists import list_boxes_by_level
 from fastmask.kernels._runtime import (
     INTERPRETED,
     ceil_div,
@@ -40,6 +39,7 @@ from fastmask.kernels._runtime import (
     triton,
     triton_dtype,
 )
+from fastmask.kernels.roi_align.level_lists import list_boxes_by_level
 from fastmask.kernels.roi_align.levels import pyramid_numbers
 from fastmask.kernels.roi_align.long_lists import (
     MAX_SEGMENTS,

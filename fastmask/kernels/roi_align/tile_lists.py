@@ -73,7 +73,7 @@ def _reaches(start, end, first, ALIGNED: tl.constexpr, TILE: tl.constexpr):
 
 
 @jit()
-def _bins_reaching(
+def bins_reaching(
     start, end, first, BINS: tl.constexpr, RATIO: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr
 ):
     """A range of bins: no others have samples that touch pixels first .. first + TILE - 1.
@@ -150,8 +150,8 @@ def list_windows_kernel(
         hit = (entry < num_listed) & finite_box(x1, y1, x2, y2)
         hit &= _reaches(y1, y2, tile.row, ALIGNED, TILE) & _reaches(x1, x2, tile.column, ALIGNED, TILE)
         if tl.max(hit.to(tl.int32), 0) > 0:
-            p, end_p = _bins_reaching(y1, y2, tile.row, PH, RATIO, ALIGNED, TILE)
-            q, end_q = _bins_reaching(x1, x2, tile.column, PW, RATIO, ALIGNED, TILE)
+            p, end_p = bins_reaching(y1, y2, tile.row, PH, RATIO, ALIGNED, TILE)
+            q, end_q = bins_reaching(x1, x2, tile.column, PW, RATIO, ALIGNED, TILE)
             down = tl.where(hit, tl.cdiv(tl.maximum(end_p - p, 0), WINDOW), 0)
             across = tl.where(hit, tl.cdiv(tl.maximum(end_q - q, 0), WINDOW), 0)
             place = count + tl.cumsum(down * across, 0) - down * across

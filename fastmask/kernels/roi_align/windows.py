@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from fastmask.kernels._runtime import divide_by_constant, jit, tl
 from fastmask.kernels.roi_align.geometry import axis_of, divide_by_grid, position_of, scaled_box
+from fastmask.kernels.roi_align.tile_lists import bins_reaching
 
 
 @jit()
@@ -88,10 +89,11 @@ def sum_windows(
         x1, y1, x2, y2 = scaled_box(boxes + k.to(tl.int64) * 5, scale, ALIGNED)
         if REDUCTION == "max":
             pixel = tl.arange(0, TILE * TILE)
-            for bin in range(WINDOW * WINDOW):
-                bin_p, bin_q = p + bin // WINDOW, q + bin % WINDOW
-                if (bin_p < PH) & (bin_q < PW):
-                    rows = axis_of(y1, y2, bin_p * 1.0, tile.height, PH, RATIO, ALIGNED)
+            _, end_p = bins_reaching(y1, y2, tile.row, PH, RATIO, ALIGNED, TILE)
+            _, end_q = bins_reaching(x1, x2, tile.column, PW, RATIO, ALIGNED, TILE)
+            for bin_p in range(p, tl.minimum(p + WINDOW, end_p)):
+                rows = axis_of(y1, y2, bin_p * 1.0, tile.height, PH, RATIO, ALIGNED)
+                for bin_q in range(q, tl.minimum(q + WINDOW, end_q)):
                     columns = axis_of(x1, x2, bin_q * 1.0, tile.width, PW, RATIO, ALIGNED)
                     place = ((k.to(tl.int64) * PH + bin_p) * PW + bin_q) * C + channel
                     grad_bin = tl.load(grad + place, mask=channel < C, other=0.0).to(COMPUTE)

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from fastmask.kernels import _level_lists as level_lists
 from fastmask.kernels._runtime import INTERPRETED
+from fastmask.kernels.roi_align import level_lists
 from fastmask.kernels.roi_align.levels import assign_fpn_levels
 from fastmask.kernels.roi_align.op import RoIAlignSpec
 from tests.conftest import DEVICES
