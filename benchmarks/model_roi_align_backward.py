@@ -73,8 +73,9 @@ class _Windows:
     """The windows of all tiles together."""
 
     counts: Tensor  # [tiles] int64
-    bins: int  # that are loaded: for the maximum those that reach the tile, else all of each window
-    rows: int  # of bins that reach the tile, over all windows
+    loaded: int  # bins, for the mean: all that are in a window
+    reaching: int  # bins, for the maximum: those that reach the tile
+    reaching_rows: int  # of bins, over all windows
     more_rows: float  # samples along y of the windows' bins, after the first of each
     more_columns: float
 
@@ -84,17 +85,16 @@ class _Windows:
 
 
 def _windows(launch: Launch) -> _Windows:
-    counts, bins, rows, more_rows, more_columns = [], 0, 0, 0, 0
-    exact = launch.arguments["REDUCTION"] == "max"
+    counts, loaded, reaching, reaching_rows, more_rows, more_columns = [], 0, 0, 0, 0, 0
     for group in groups(launch):
         tiles = _tiles_of(group, spec_of(launch.arguments))
         counts.append(tiles.summed(tiles.y.windows, tiles.x.windows).flatten())
-        y, x = (axis.reaching if exact else axis.loaded for axis in (tiles.y, tiles.x))
-        bins += int(tiles.summed(y, x).sum())
-        rows += int(tiles.summed(tiles.y.reaching, tiles.x.windows).sum())
+        loaded += int(tiles.summed(tiles.y.loaded, tiles.x.loaded).sum())
+        reaching += int(tiles.summed(tiles.y.reaching, tiles.x.reaching).sum())
+        reaching_rows += int(tiles.summed(tiles.y.reaching, tiles.x.windows).sum())
         more_rows += int(tiles.summed(tiles.y.more_samples(), tiles.x.windows).sum())
         more_columns += int(tiles.summed(tiles.y.windows, tiles.x.more_samples()).sum())
-    return _Windows(torch.cat(counts), bins, rows, more_rows, more_columns)
+    return _Windows(torch.cat(counts), loaded, reaching, reaching_rows, more_rows, more_columns)
 
 
 @dataclass(frozen=True)
@@ -219,8 +219,8 @@ def _of_windows(launch: Launch, windows: _Windows, walked: float) -> dict[str, f
     a = launch.arguments
     trips: dict[str, float | tuple[float, ...]] = {"sum_windows.at": walked}
     if a["REDUCTION"] == "max":
-        trips["sum_windows.bin_p"] = windows.rows / windows.total
-        trips["sum_windows.bin_q"] = windows.bins / windows.rows
+        trips["sum_windows.bin_p"] = windows.reaching_rows / windows.total
+        trips["sum_windows.bin_q"] = windows.reaching / windows.reaching_rows
     elif a["RATIO"] == 0:
         trips["_axis_weights.i"] = windows.more_rows / windows.total, windows.more_columns / windows.total
     return trips
@@ -235,7 +235,8 @@ def _gradient_bytes(launch: Launch, windows: _Windows) -> float:
     a = launch.arguments
     blocks = -(-a["C"] // a["CHANNELS"])
     per_window = a["windows"].itemsize + SECTOR
-    return windows.bins * a["C"] * _gradient_itemsize(launch) + windows.total * blocks * per_window
+    bins = windows.reaching if a["REDUCTION"] == "max" else windows.loaded
+    return bins * a["C"] * _gradient_itemsize(launch) + windows.total * blocks * per_window
 
 
 MODELS = {
