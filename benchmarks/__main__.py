@@ -1,4 +1,4 @@
-"""The commands `python -m benchmarks run | report | compare | compile | host-time`."""
+"""The commands `python -m benchmarks run | report | compare | compile | launches | host-time`."""
 
 from __future__ import annotations
 
@@ -91,6 +91,20 @@ def host_time(arguments: argparse.Namespace) -> int:
     return host_time.main(arguments.only)
 
 
+def configure_launches(_: argparse.ArgumentParser) -> None:
+    """The table of launches has no options."""
+
+
+def launches(_: argparse.Namespace) -> int:
+    """Rewrite benchmarks/results/launches.md. Returns 2 without Triton."""
+    if importlib.util.find_spec("triton") is None:
+        print("launches: expected Triton to be installed", file=sys.stderr)
+        return 2
+    from benchmarks.reporting import launches as table
+
+    return table.main()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure fastmask and compare it.")
     commands = parser.add_subparsers(required=True)
@@ -99,6 +113,7 @@ def main() -> int:
         ("report", report.configure, report.main, "write tables and plots of results"),
         ("compare", compare.configure, compare.main, "say what got faster or slower between two runs"),
         ("compile", configure_compile, compile_kernels, "compile all kernels, without a GPU, and check their limits"),
+        ("launches", configure_launches, launches, "count the launches of a detector by stage, without a GPU"),
         ("host-time", configure_host_time, host_time, "measure what launching costs on the host, without a GPU"),
     ):
         command = commands.add_parser(name, help=help, description=help)

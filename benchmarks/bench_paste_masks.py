@@ -24,7 +24,8 @@ from benchmarks.harness.machine import peer
 from benchmarks.harness.timing import Implementation
 from benchmarks.harness.workloads import ADVERSARIAL, DTYPES, generator, objects
 from benchmarks.reporting.results import FASTMASK
-from fastmask.kernels.paste_masks import CONVENTIONS, PasteSpec, paste_masks_reference
+from fastmask.kernels._mask_sampling import CONVENTIONS
+from fastmask.kernels.paste_masks import PasteSpec, paste_masks_reference
 from tests.oracles.paste_masks import ORACLES, VARIANTS, assert_probabilities, draw_masks
 
 SIDE = 28

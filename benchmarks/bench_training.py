@@ -21,8 +21,9 @@ from benchmarks.harness.comparison import CaseOptions, Comparison
 from benchmarks.harness.timing import Implementation
 from benchmarks.harness.workloads import IMAGE, generator, objects
 from benchmarks.reporting.results import FASTMASK
+from fastmask import Masks
 from models import preprocess
-from models.structures import Target
+from models.structures import Target, pad_targets
 from tests.oracles import detectors
 
 LR = 1e-6  # random weights: thousands of steps on one batch must not change the losses
@@ -67,10 +68,11 @@ def compare_steps(
     floats = [image / 255 for image in images]
     size, classes = images[0].shape[1:], model.config.classes
     targets = [target(size, classes, seed).to(comparison.device) for seed in range(len(images))]
-    dictionaries = [{"boxes": t.boxes, "labels": t.labels, "masks": t.masks} for t in targets]
+    padded = pad_targets(targets)
+    dictionaries = [{"boxes": t.boxes, "labels": t.labels, "masks": bitmaps(t.boxes, size)} for t in targets]
 
     def fastmask_losses() -> dict[str, Tensor]:
-        return model(*preprocess.batch(images, model.config.input), targets)
+        return model(*preprocess.batch(images, model.config.input), padded)
 
     def torchvision_losses() -> dict[str, Tensor]:
         return peer(floats, dictionaries)
@@ -117,8 +119,13 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
 def target(size: Sequence[int], classes: int, seed: int) -> Target:
     """Random ground truth with objects of COCO's sizes, for an image of `size`, (height, width)."""
     boxes = objects(OBJECTS, seed=seed) * torch.tensor([size[1] / IMAGE[1], size[0] / IMAGE[0]]).repeat(2)
-    masks = torch.zeros(OBJECTS, *size, dtype=torch.uint8)
+    labels = torch.randint(1, classes + 1, (OBJECTS,), generator=generator(seed))
+    return Target(boxes, labels, torch.zeros(0, 4), Masks.from_bitmaps(bitmaps(boxes, size)))
+
+
+def bitmaps(boxes: Tensor, size: Sequence[int]) -> Tensor:
+    """`[G, H, W]` uint8, masks that fill their boxes `[G, 4]`."""
+    masks = torch.zeros(len(boxes), *size, dtype=torch.uint8, device=boxes.device)
     for mask, (x1, y1, x2, y2) in zip(masks, boxes.round().int().tolist(), strict=True):
         mask[y1:y2, x1:x2] = 1
-    labels = torch.randint(1, classes + 1, (OBJECTS,), generator=generator(seed))
-    return Target(boxes, labels, torch.zeros(0, 4), masks)
+    return masks

@@ -6,7 +6,7 @@ import torch
 
 from benchmarks.harness.operators import Launch, ModelTarget, Trips, Work
 from benchmarks.harness.workloads import objects
-from fastmask.kernels.paste_masks import CONVENTIONS, _span
+from fastmask.kernels._mask_sampling import CONVENTIONS, mask_span
 
 
 def _paste(launch: Launch) -> Work:
@@ -14,7 +14,7 @@ def _paste(launch: Launch) -> Work:
     height, width, side, tiles = a["height"], a["width"], a["M"], a["TILES"]
     count = len(a["masks"])
     boxes = objects(count, image=(height, width))
-    start, end, _ = _span(boxes, side, CONVENTIONS[a["PADDING"]])
+    start, end, _ = mask_span(boxes, side, CONVENTIONS[a["PADDING"]])
     reach = (1 - a["PADDING"]) * (end - start) / (2 * side)
     limit = boxes.new_tensor([width, height])
     left, top = (start - reach).floor().clamp(min=0).minimum(limit).long()[:, :, None].unbind(1)

@@ -27,7 +27,6 @@ from models.data.coco import PIXEL_CENTRE, CocoDataset
 from models.data.datasets import check_model_categories
 from models.data.loader import BadSample, eval_loader
 from models.distributed import broadcast, gather, rank, world
-from models.rle import encode_masks
 from models.structures import Category, Detections
 
 Task = Literal["bbox", "segm", "keypoints"]
@@ -130,7 +129,7 @@ def coco_results(detections: Detections, categories: Sequence[Category]) -> list
         for category, box, score in zip(detected, boxes, detections.scores.tolist(), strict=True)
     ]
     if detections.mask_probabilities is not None:
-        for result, rle in zip(results, encode_masks(detections), strict=True):
+        for result, rle in zip(results, detections.rle(), strict=True):
             result["segmentation"] = rle
     if detections.keypoints is not None:
         indices = detections.keypoints - detections.keypoints.new_tensor([PIXEL_CENTRE, PIXEL_CENTRE, 0])

@@ -13,7 +13,9 @@ from typing import Literal, get_args
 
 from torch.profiler import record_function
 
-Stage = Literal["preprocess", "backbone", "FPN", "RPN", "pooling", "heads", "NMS", "paste", "RLE"]
+Stage = Literal[
+    "preprocess", "backbone", "FPN", "RPN", "pooling", "heads", "selection", "paste", "RLE", "backward", "optimizer"
+]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 PREFIX = "fastmask::"  # of a mark's name in a profile
 

@@ -81,14 +81,18 @@ def train(config: TrainConfig) -> None:
             for iteration in range(progress.iteration, stage.schedule.iterations):
                 seed_iteration(solver.seed, done, total)
                 rate = lr * stage.schedule.factor(iteration)
-                for losses in learner.step(batches, rate, done):
-                    log.add(losses)
+                learner.step(batches, rate, done)
                 done += 1
+                evaluates, saves = (
+                    done % every == 0 or done == total for every in (solver.evaluate_every, solver.checkpoint_every)
+                )
+                if done % solver.log_every == 0 or evaluates or saves:  # raises if the weights are no longer updated
+                    for losses in learner.read():
+                        log.add(losses)
                 log.step(done, rate)
-                if done % solver.evaluate_every == 0 or done == total:
+                if evaluates:
                     log.metrics(done, evaluate_held_out(model, dataset.categories, held_out, config))
-                # After the evaluation: a run that is killed during an evaluation repeats it when resumed
-                if done % solver.checkpoint_every == 0 or done == total:
+                if saves:  # after the evaluation: a run that is killed during an evaluation repeats it when resumed
                     state = Progress(progress.stage, iteration + 1, learner.optimizer.state_dict())
                     save(last, model, dataset.categories, order=image_order(solver), **vars(state))
             progress = Progress(progress.stage + 1)

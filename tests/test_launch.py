@@ -199,6 +199,8 @@ CASES = {
         "1024 RoIs 7x7, torchvision, mean, bfloat16, gradient of boxes",
     ],
     "roi_pool": ["1024 RoIs 7x7, P2 to P5, bfloat16"],
+    "select_detections": ["detections of 1000 x 80"],
+    "select_proposals": ["proposals of R-50-FPN"],
 }
 # By launcher: how many kernels a call launches, and how many times the host time of an empty one it takes at most. One
 # and a half times what was measured.
@@ -210,6 +212,8 @@ LIMITS = {
     "roi_align_box_backward": (1, 16),
     "roi_pool": (1, 7),
     "roi_pool_backward": (3, 16),
+    "select_detections": (5, 40),
+    "select_proposals": (4, 70),  # beside `torch.topk` of five levels
 }
 
 

@@ -7,8 +7,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
+from fastmask.kernels._mask_sampling import CONVENTIONS
 from fastmask.kernels._runtime import compute_dtype
-from fastmask.kernels.paste_masks import CONVENTIONS, paste_masks
+from fastmask.kernels.paste_masks import paste_masks
 from tests.oracles.paste_masks import ORACLES, assert_masks, assert_probabilities, draw_masks, grid_sample_oracle
 
 NAN, INF = float("nan"), float("inf")

@@ -31,7 +31,7 @@ class Call:
 
     def run(self) -> list[Tensor]:
         """The results, and the gradients of their sum with respect to each argument that requires one."""
-        results = _flat(self.function(**self.arguments))
+        results = _flat(_bytes_of_text(self.function(**self.arguments)))
         leaves = [tensor for tensor in self.tensors() if tensor.requires_grad]
         outputs = [result for result in results if result.requires_grad]
         if leaves and outputs:
@@ -147,6 +147,15 @@ def operators() -> dict[str, Operator]:
     names = [path.stem for path in sorted(ROOT.glob("benchmarks/bench_*.py"))]
     modules = {name.removeprefix("bench_"): importlib.import_module(f"benchmarks.{name}") for name in names}
     return {name: module.OPERATOR for name, module in modules.items() if hasattr(module, "OPERATOR")}
+
+
+def _bytes_of_text(value: object) -> object:
+    """A result whose text became tensors of its bytes; dictionaries become lists."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, str):
+        return torch.tensor(list(value.encode()), dtype=torch.uint8, device="cpu")
+    return [_bytes_of_text(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _flat(value: object) -> list[Tensor]:

@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
-import torchvision
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 from torchvision.models.detection import transform
@@ -31,9 +30,9 @@ from benchmarks.harness.timing import Implementation
 from models.marks import PREFIX
 from models.marks import STAGES as MODEL_STAGES
 
-PREPROCESS, BACKBONE, FPN, RPN, POOLING, HEADS, NMS, PASTE, RLE = MODEL_STAGES
-BACKWARD, OPTIMIZER, OTHER = "backward", "optimizer", "other"  # added by the benchmarks
-STAGES = (*MODEL_STAGES, BACKWARD, OPTIMIZER, OTHER)
+PREPROCESS, BACKBONE, FPN, RPN, POOLING, HEADS, SELECTION, PASTE, RLE, BACKWARD, OPTIMIZER = MODEL_STAGES
+OTHER = "other"  # outside of all marks
+STAGES = (*MODEL_STAGES, OTHER)
 
 
 class Place(NamedTuple):
@@ -201,6 +200,7 @@ def of_torchvision(model: Any) -> list[Place]:
         Place(model.rpn, "forward", RPN),
         *(Place(pooler, "forward", POOLING) for pooler in poolers if pooler is not None),
         Place(roi_heads, "forward", HEADS),
-        Place(torchvision.ops.boxes, "batched_nms", NMS),
+        Place(model.rpn, "filter_proposals", SELECTION),
+        Place(roi_heads, "postprocess_detections", SELECTION),
         Place(transform, "paste_masks_in_image", PASTE),
     ]

@@ -32,6 +32,11 @@ class Launch:
         self._kernel, self._numbers, self._settings = kernel, numbers, settings
         self._variants: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
+    @property
+    def name(self) -> str:
+        """The kernel's."""
+        return self._kernel.__name__
+
     def __call__(self, grid: tuple[int, ...], *arguments: Argument) -> None:
         """Launch.
 

@@ -54,6 +54,7 @@ _SCHEMA_TYPES = {
     "str": "str",
     "list[float]": "float[]",
     "Sequence[float]": "float[]",
+    "torch.dtype": "ScalarType",
 }
 
 
@@ -177,6 +178,9 @@ def overridable(function: Callable[P, T]) -> Callable[P, T]:
             return handle_torch_function(call, relevant, *args, **kwargs)
         return function(*args, **kwargs)
 
+    # A code object of its own: `torch.compile` limits how often one is compiled again.
+    renamed: Any = call
+    renamed.__code__ = renamed.__code__.replace(co_name=function.__name__)
     return call
 
 
@@ -199,6 +203,11 @@ def next_power_of_2(number: int) -> int:
 def float64_bits(value: float) -> int:
     """The bits of a float64: Triton passes Python floats as float32, integers unchanged."""
     return struct.unpack("<q", struct.pack("<d", value))[0]
+
+
+def round_to_float32(value: float) -> float:
+    """The nearest float32, without a tensor."""
+    return struct.unpack("<f", struct.pack("<f", value))[0]
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

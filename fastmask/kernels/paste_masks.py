@@ -27,11 +27,20 @@ import torch
 from torch import Tensor
 
 from fastmask.kernels._launch import Launch
+from fastmask.kernels._mask_sampling import (
+    CONVENTIONS,
+    check_placed_masks,
+    hat_weights,
+    mask_coordinate,
+    mask_scale,
+    pixel_positions,
+    place_masks,
+    reached_axis,
+)
 from fastmask.kernels._runtime import (
     Size,
     ceil_div,
     compute_dtype,
-    divide,
     float64_bits,
     float_of,
     jit,
@@ -41,12 +50,7 @@ from fastmask.kernels._runtime import (
     tl,
     triton_dtype,
 )
-from fastmask.kernels._validation import check_choice, check_fraction, check_pair, check_same_device, check_tensor
-
-CONVENTIONS = ("aligned", "torchvision")
-
-# Pixels of a mask are counted in 32 bits, with room for one row more.
-MAX_PIXELS = 2**30
+from fastmask.kernels._validation import check_choice, check_fraction
 
 # Masks whose weights, at most (H + W) * m each, the reference holds at a time.
 REFERENCE_MASKS = 64
@@ -69,48 +73,19 @@ class PasteSpec(NamedTuple):
     convention: str
 
 
-def _span(boxes: Tensor, m: int, convention: str) -> tuple[Tensor, Tensor, Tensor]:
-    """First and last (x, y) that the mask is stretched over, `[N, 2]` each, and whether they are usable, `[N, 1]`."""
-    boxes = boxes.to(torch.promote_types(boxes.dtype, torch.float32))
-    start, end = boxes[:, :2], boxes[:, 2:]
-    if convention == "torchvision":  # its operations in its order: another rounding could truncate differently
-        half, centre = (end - start) * 0.5 * ((m + 2) / m), (end + start) * 0.5
-        start, end = (centre - half).trunc(), (centre + half).trunc() + 1
-    usable = (boxes.abs() < 2.0**31).all(1) & (start < end).all(1)
-    return start, end, usable[:, None]
-
-
-def _hat_weights(position: Tensor, m: int) -> Tensor:
-    """Bilinear weights `[..., m]` of m mask pixels at positions `[...]` in mask coordinates."""
-    distance = position[:, None] - torch.arange(m, dtype=position.dtype, device=position.device)
-    return distance.abs_().neg_().add_(1).clamp_(min=0)
-
-
 def paste_masks_reference(masks: Tensor, boxes: Tensor, spec: PasteSpec) -> Tensor:
     """Separable form, `Wy @ mask @ Wx.T` with hat-function weights, only where the mask reaches."""
     m, dtype, threshold = masks.shape[-1], compute_dtype(masks.dtype), spec.threshold
     size = len(masks), spec.height, spec.width
     out = masks.new_zeros(size) if threshold is None else masks.new_full(size, threshold <= 0, dtype=torch.bool)
-    padding = int(spec.convention == "torchvision")
-    start, end, usable = _span(boxes, m, spec.convention)
-    reach = (1 - padding) * (end - start) / (2 * m)  # a mask pixel's influence ends half a pixel beyond it
-    image = torch.tensor([spec.width, spec.height], device=boxes.device)
-    first = (start - reach).where(usable, 0).floor().clamp(min=0).minimum(image).long()
-    last = (end + reach).where(usable, 0).ceil().clamp(min=0).minimum(image).long().maximum(first)
-    start, end, masks = start.to(dtype), end.to(dtype), masks.to(dtype)
-    scale = (m + 2 * padding) / (end - start)
-
-    corners = torch.cat([first, last], 1).tolist()
+    placement, masks = place_masks(boxes, m, dtype, spec.height, spec.width, spec.convention), masks.to(dtype)
+    corners = torch.cat([placement.first, placement.last], 1).tolist()
     for begin in range(0, len(masks), REFERENCE_MASKS):
-        some = slice(begin, begin + REFERENCE_MASKS)
+        some = placement.group(begin, begin + REFERENCE_MASKS)
         weights = []  # of many boxes at once: computed per box, they cost more than the products
         for axis in range(2):
-            count = (last - first)[some, axis]
-            box = torch.repeat_interleave(count)
-            pixel = torch.arange(len(box), device=box.device) - (count.cumsum(0) - last[some, axis])[box]
-            box += begin
-            position = (pixel.to(dtype) + 0.5 - start[box, axis]) * scale[box, axis] - (0.5 + padding)
-            weights.append(_hat_weights(position, m).split(count.tolist()))
+            _, _, position, count = pixel_positions(some, axis)
+            weights.append(hat_weights(position, m).split(count))
         # A loop, because the boxes' areas differ a thousandfold; most of the time goes into filling the output.
         for n, (columns, rows) in enumerate(zip(*weights, strict=True), begin):
             left, top, right, bottom = corners[n]
@@ -119,43 +94,6 @@ def paste_masks_reference(masks: Tensor, boxes: Tensor, spec: PasteSpec) -> Tens
                 region = out[n, top:bottom, left:right]
                 region.copy_(value) if threshold is None else torch.ge(value, threshold, out=region)
     return out
-
-
-@jit()
-def _truncate(x):
-    return tl.where(x < 0, tl.ceil(x), tl.floor(x))
-
-
-@jit()
-def _axis(start, end, size, M: tl.constexpr, PADDING: tl.constexpr):
-    """Along one axis: the span that the mask is stretched over, and the pixels [first, last) it reaches, if any."""
-    usable = (tl.abs(start) < 2.0**31) & (tl.abs(end) < 2.0**31)
-    start, end = tl.where(usable, start, 0.0), tl.where(usable, end, 0.0)
-    if PADDING:
-        half, centre = (end - start) * 0.5 * ((M + 2) / M), (end + start) * 0.5
-        start, end = _truncate(centre - half), _truncate(centre + half) + 1
-    usable = usable & (start < end)
-    reach = (end - start) * ((1 - PADDING) * 0.5 / M)
-    first = tl.minimum(tl.maximum(tl.floor(start - reach), 0.0), size)
-    last = tl.minimum(tl.maximum(tl.ceil(end + reach), 0.0), size)
-    last = tl.where(usable, last, 0.0)
-    return start, end, first.to(tl.int32), last.to(tl.int32)
-
-
-@jit()
-def _scale(start, end, M: tl.constexpr, PADDING: tl.constexpr, COMPUTE: tl.constexpr):
-    """Mask pixels per image pixel, along one axis of a box that reaches the image."""
-    extent = tl.maximum(end.to(COMPUTE) - start.to(COMPUTE), 1e-30)  # so that no scale is infinite
-    return divide(tl.full((), M + 2 * PADDING, COMPUTE), extent)
-
-
-@jit()
-def _mask_coordinate(pixel, start, scale, M: tl.constexpr, PADDING: tl.constexpr):
-    """u at the centre of a pixel, as its floor and the fraction; no mask pixel lies beyond [-1, M]."""
-    u = tl.fma(pixel.to(start.dtype) + 0.5 - start, scale, -0.5 - PADDING)
-    u = tl.minimum(tl.maximum(u, -1.0), M)
-    floor = tl.floor(u).to(tl.int32)
-    return floor, u - floor.to(u.dtype)
 
 
 @jit()
@@ -239,8 +177,8 @@ def _paste_masks_kernel(
 
     box = boxes + n.to(tl.int64) * 4
     x1, y1, x2, y2 = tl.load(box), tl.load(box + 1), tl.load(box + 2), tl.load(box + 3)
-    x1, x2, left, right = _axis(x1, x2, width.to(x1.dtype), M, PADDING)
-    y1, y2, top, bottom = _axis(y1, y2, height.to(y1.dtype), M, PADDING)
+    x1, x2, left, right = reached_axis(x1, x2, width.to(x1.dtype), M, PADDING)
+    y1, y2, top, bottom = reached_axis(y1, y2, height.to(y1.dtype), M, PADDING)
     rows = tl.where(left < right, tl.maximum(bottom - top, 0), 0)
     threshold = float_of(threshold_bits, COMPUTE)
     unreached = ((threshold <= 0) & (not PROBABILITIES)).to(word_type)
@@ -254,8 +192,8 @@ def _paste_masks_kernel(
     item = program * share
     last_item = tl.minimum(item + share, total)
     if item < last_item:
-        x_start, x_scale = x1.to(COMPUTE), _scale(x1, x2, M, PADDING, COMPUTE)
-        y_start, y_scale = y1.to(COMPUTE), _scale(y1, y2, M, PADDING, COMPUTE)
+        x_start, x_scale = x1.to(COMPUTE), mask_scale(x1, x2, M, PADDING, COMPUTE)
+        y_start, y_scale = y1.to(COMPUTE), mask_scale(y1, y2, M, PADDING, COMPUTE)
         mask = masks + n.to(tl.int64) * (M * M)
         while item < last_item:
             index = tl.minimum(item + tl.arange(0, VECTORS), last_item - 1)
@@ -268,7 +206,7 @@ def _paste_masks_kernel(
             words = empty
             remaining = 1
             while remaining > 0:  # once, unless a vector reaches from the right side of the box to its left side
-                r, dv = _mask_coordinate(y, y_start, y_scale, M, PADDING)
+                r, dv = mask_coordinate(y, y_start, y_scale, M, PADDING)
                 upper_weight = tl.where((r >= 0) & (r < M), 1 - dv, 0.0)[:, None]
                 lower_weight = tl.where(r < M - 1, dv, 0.0)[:, None]
                 upper_row = (tl.minimum(tl.maximum(r, 0), M - 1) * M)[:, None]
@@ -277,7 +215,7 @@ def _paste_masks_kernel(
                 x = (first - line)[:, None] + tl.arange(0, WORDS)[None, :] * PER_WORD
                 # One element of every word at a time: all 16 of a thread at once take more registers.
                 for i in range(PER_WORD):
-                    c, du = _mask_coordinate(x, x_start, x_scale, M, PADDING)
+                    c, du = mask_coordinate(x, x_start, x_scale, M, PADDING)
                     c0, c1 = (c >= 0) & (c < M), c < M - 1
                     p00 = tl.load(mask + upper_row + c, mask=c0, other=0.0).to(COMPUTE)
                     p01 = tl.load(mask + upper_row + c + 1, mask=c1, other=0.0).to(COMPUTE)
@@ -384,16 +322,7 @@ def paste_masks(
 
     Source: He et al. 2017, Mask R-CNN, §3.1.
     """
-    check_tensor("masks", masks, floating=True)
-    check_tensor("boxes", boxes, floating=True)
-    if masks.ndim != 3 or masks.shape[1] != masks.shape[2] or masks.shape[1] == 0:
-        raise ValueError(f"masks: expected [N, m, m], got {list(masks.shape)}")
-    if boxes.shape != (len(masks), 4):
-        raise ValueError(f"boxes: expected [{len(masks)}, 4] to match masks, got {list(boxes.shape)}")
-    check_same_device("boxes", boxes, "masks", masks)
-    height, width = check_pair("image_size", image_size)
-    if height < 0 or width < 0 or height * width > MAX_PIXELS:
-        raise ValueError(f"image_size: expected sides >= 0 and at most 2^30 pixels, got {(height, width)}")
+    height, width = check_placed_masks(masks, boxes, image_size)
     threshold = None if threshold is None else check_fraction("threshold", threshold)
     convention = check_choice("convention", convention, CONVENTIONS)
     # Detached: the operator has no gradient, and its probabilities must not claim to have one.

@@ -10,13 +10,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fastmask import Masks
 from fastmask.box_ops import clip
 from models.data import annotations as coco_json
 from models.data.image_io import read_image
@@ -181,11 +180,14 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         height, width = entry["height"], entry["width"]
         objects = [annotation for annotation in annotations if not annotation["iscrowd"]]
         crowds = [annotation for annotation in annotations if annotation["iscrowd"]]
+        masks = None
+        if self.masks:  # never as bitmaps of the image's size: 500 objects of 8000 x 4000 pixels would take 16 GB
+            masks = Masks.from_coco([annotation["segmentation"] for annotation in objects], (height, width))
         return Target(
             boxes=_boxes(objects, height, width),
             labels=torch.tensor([self._labels[annotation["category_id"]] for annotation in objects], dtype=torch.int64),
             crowds=_boxes(crowds, height, width),
-            masks=_masks(objects, height, width) if self.masks else None,
+            masks=masks,
             keypoints=_keypoints(objects, len(self.keypoint_names)) if self.keypoint_names else None,
             image_id=entry["id"],
         )
@@ -211,13 +213,6 @@ class _Packed:
 def _boxes(annotations: list[coco_json.Entry], height: int, width: int) -> Tensor:
     boxes = torch.tensor([annotation["bbox"] for annotation in annotations], dtype=torch.float32).reshape(-1, 4)
     return clip(torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1), (height, width))
-
-
-def _masks(annotations: list[coco_json.Entry], height: int, width: int) -> Tensor:
-    if not annotations:
-        return torch.zeros(0, height, width, dtype=torch.uint8)
-    rles: Any = [coco_json.to_rle(annotation["segmentation"], height, width) for annotation in annotations]
-    return torch.from_numpy(np.ascontiguousarray(coco_mask.decode(rles).transpose(2, 0, 1)))
 
 
 def _keypoints(annotations: list[coco_json.Entry], num_keypoints: int) -> Tensor:

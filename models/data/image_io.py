@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
+from torchvision.io import ImageReadMode, decode_image, read_file
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from models.data.problems import DataError
@@ -16,7 +17,8 @@ def read_image(path: Path) -> Tensor:
     """Read an image as uint8 RGB `[3, H, W]`, turned upright by its EXIF orientation.
 
     Grey values are repeated over the channels, an alpha channel is dropped, palettes and CMYK are converted, and of
-    16-bit values the upper 8 bits are kept.
+    16-bit values the upper 8 bits are kept. torchvision decodes JPEG files of gray and colour images, which takes half
+    of Pillow's time, and Pillow all others.
 
     Args:
         path: of a file in any format that Pillow reads.
@@ -25,7 +27,9 @@ def read_image(path: Path) -> Tensor:
         DataError: the file is missing, truncated, or not an image that Pillow can read.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path) as image:  # reads the header alone
+            if image.format == "JPEG" and image.mode in ("L", "RGB") and (decoded := _decode_jpeg(path)) is not None:
+                return decoded
             image.load()  # raises if the file is truncated
             ImageOps.exif_transpose(image, in_place=True)
             return pil_to_tensor(_rgb(image))
@@ -37,6 +41,14 @@ def read_image(path: Path) -> Tensor:
         ) from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # raised by Pillow's decoders
         raise DataError("unreadable image", f"{path}: expected a whole image, got one with an error: {error}") from None
+
+
+def _decode_jpeg(path: Path) -> Tensor | None:
+    """The image, upright; None if torchvision cannot decode it. Pillow then can, or says why not."""
+    try:
+        return decode_image(read_file(str(path)), ImageReadMode.RGB, apply_exif_orientation=True)
+    except RuntimeError:
+        return None
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -20,7 +20,7 @@ from models.config import DataConfig
 from models.data.coco import CocoDataset
 from models.data.problems import DataError
 from models.data.transforms import Augmentation, mirrored_keypoints
-from models.structures import Target
+from models.structures import PaddedTargets, Target, pad_targets
 
 Draw = tuple[int, int]  # the index of an image, and the seed of its augmentation
 Sample = tuple[Tensor, Target]  # uint8 RGB [3, H, W], and the ground truth in its pixels
@@ -38,7 +38,7 @@ class Batch(NamedTuple):
     """A mini-batch for training. Each bad image is replaced by another one, so all batches have the same size."""
 
     images: list[Tensor]  # uint8 RGB [3, H, W]
-    targets: list[Target]
+    targets: PaddedTargets
     bad: list[BadSample]
 
 
@@ -213,7 +213,7 @@ class _EvalItems(Dataset[tuple[Tensor, int] | BadSample]):
 def _collate(items: list[_TrainItem]) -> Batch:
     samples = [item.sample for item in items if item.sample is not None]
     bad = [bad for item in items for bad in item.bad]
-    return Batch([image for image, _ in samples], [target for _, target in samples], bad)
+    return Batch([image for image, _ in samples], pad_targets([target for _, target in samples]), bad)
 
 
 def _check_batch(dataset: CocoDataset, batch: Batch) -> None:

@@ -1,7 +1,8 @@
 """Augmentation: random flips and sizes of an image and its target.
 
 Boxes and keypoints are in continuous coordinates, where pixel i covers [i, i + 1]: a flip turns x into W - x, and a
-resize multiplies x by the ratio of the widths. The pixels of images and masks move in the same way.
+resize multiplies x by the ratio of the widths. The pixels of images move in the same way; masks stay compact, and are
+not rasterised.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torchvision.transforms.v2 import InterpolationMode, functional
+from torchvision.transforms.v2 import functional
 
 from models import preprocess
 from models.structures import Target
@@ -74,7 +75,7 @@ def flip(image: Tensor, target: Target, mirrored: Sequence[int] = ()) -> tuple[T
         Flipped copies of both.
     """
     width = image.shape[2]
-    masks, keypoints = target.masks, target.keypoints
+    keypoints = target.keypoints
     if keypoints is not None:
         keypoints = keypoints[:, list(mirrored)]
         x, y, visibility = keypoints.unbind(2)
@@ -83,7 +84,7 @@ def flip(image: Tensor, target: Target, mirrored: Sequence[int] = ()) -> tuple[T
         target,
         boxes=_flip_boxes(target.boxes, width),
         crowds=_flip_boxes(target.crowds, width),
-        masks=None if masks is None else functional.horizontal_flip(masks),
+        masks=None if target.masks is None else target.masks.flip(),
         keypoints=keypoints,
     )
 
@@ -94,25 +95,21 @@ def resize(image: Tensor, target: Target, min_size: int, max_size: int) -> tuple
     Args:
         image: `[3, H, W]`.
         target: of the image.
-        min_size, max_size: as for `models.preprocess.resized_shape`.
+        min_size, max_size: as for `fastmask.resized_shape`.
 
     Returns:
         Resized copies of both.
     """
     height, width = image.shape[1:]
     image = preprocess.resize(image, min_size, max_size)
-    shape = image.shape[1:]
+    shape = (image.shape[1], image.shape[2])
     scales = (shape[1] / width, shape[0] / height)
     box_scales = torch.tensor(2 * scales)
-    masks = target.masks
-    if masks is not None:
-        # NEAREST would shift the mask by half a pixel
-        masks = functional.resize(masks, list(shape), InterpolationMode.NEAREST_EXACT)
     return image, replace(
         target,
         boxes=target.boxes * box_scales,
         crowds=target.crowds * box_scales,
-        masks=masks,
+        masks=None if target.masks is None else target.masks.resize(shape),
         keypoints=None if target.keypoints is None else target.keypoints * torch.tensor([*scales, 1]),
     )
 

@@ -5,7 +5,6 @@ R regions, C channels, K classes, B images, N proposals and D detections of each
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -13,20 +12,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmask import box_ops, nms_padded
+from fastmask import box_ops, select_detections
 from models.config import AverageBox, FCBox
 from models.distributed import mean_count
 from models.marks import mark
 from models.network.layers import BY_INPUTS, Convs, initialise
-from models.network.matching import Samples, index_matched
-from models.structures import PaddedDetections, Proposals, Target
+from models.network.matching import Samples
+from models.structures import PaddedDetections, PaddedTargets, Proposals
 
 
 class BoxPredictions(NamedTuple):
     """Predictions for each region."""
 
-    logits: Tensor  # [R, 1 + K] float32, background first
-    deltas: Tensor  # [R, K, 4] float32
+    logits: Tensor  # [R, 1 + K], background first
+    deltas: Tensor  # [R, K, 4]
 
 
 class BoxTargets(NamedTuple):
@@ -72,20 +71,20 @@ class BoxHead(nn.Module):
                 x = F.relu(fc(x), inplace=True)
         else:
             x = regions.mean((2, 3))
-        return BoxPredictions(self.class_logits(x).float(), self.deltas(x).unflatten(1, (-1, 4)).float())
+        return BoxPredictions(self.class_logits(x), self.deltas(x).unflatten(1, (-1, 4)))
 
-    def targets(self, samples: Samples, targets: Sequence[Target]) -> BoxTargets:
+    def targets(self, samples: Samples, targets: PaddedTargets) -> BoxTargets:
         """Labels and box deltas of the sampled proposals, R = B * S for S samples of each image.
 
         Args:
             samples: from `sample_proposals`.
-            targets: ground truth of each image, with boxes in pixels of the padded images.
+            targets: ground truth.
         """
         labels, boxes = samples.labels.flatten(), samples.boxes.flatten(0, 1)
-        matched = zip(targets, samples.matches, strict=True)
-        gt_boxes = torch.cat([index_matched(target.boxes, matches) for target, matches in matched])
+        gt_boxes = targets.boxes.take_along_dim(samples.matches[..., None], 1).flatten(0, 1)
         positive = (labels > 0)[:, None]
-        unit = boxes.new_tensor([0.0, 0.0, 1.0, 1.0])  # stands for both boxes where there is no object: deltas of zero
+        # Stands for both boxes where there is no object: (0, 0, 1, 1), whose deltas are zero
+        unit = (torch.arange(4, device=boxes.device) // 2).to(boxes)
         deltas = box_ops.encode(
             torch.where(positive, gt_boxes, unit), torch.where(positive, boxes, unit), self.config.delta_weights
         )
@@ -104,9 +103,9 @@ class BoxHead(nn.Module):
         """
         labels = targets.labels
         num_samples = mean_count((labels >= 0).sum())
-        deltas = predictions.deltas.take_along_dim((labels - 1).clamp(min=0)[:, None, None], 1)[:, 0]
+        deltas = predictions.deltas.take_along_dim((labels - 1).clamp(min=0)[:, None, None], 1)[:, 0].float()
         distance = F.smooth_l1_loss(deltas, targets.deltas, beta=self.config.smooth_l1_beta, reduction="none")
-        cross_entropy = F.cross_entropy(predictions.logits, labels, ignore_index=-1, reduction="sum")
+        cross_entropy = F.cross_entropy(predictions.logits.float(), labels, ignore_index=-1, reduction="sum")
         return {
             "loss_classifier": cross_entropy / num_samples,
             "loss_box_reg": (distance * (labels > 0)[:, None]).sum() / num_samples,
@@ -121,37 +120,21 @@ class BoxHead(nn.Module):
             sizes: `[B, 2]`, (height, width) of the images before padding.
 
         Returns:
-            Boxes `[B, D, 4]` in pixels of the padded images, with scores and labels, D = `config.detections` or the
-            number of candidates if that is smaller. Masks and heatmaps are None.
+            Boxes `[B, D, 4]` in pixels of the padded images, with scores and labels, D = `config.detections`. Masks and
+            heatmaps are None.
         """
         config = self.config
-        batch, num_proposals = proposals.boxes.shape[:2]
-        classes = predictions.deltas.shape[1]
-        scores = predictions.logits.softmax(1)[:, 1:].reshape(batch, num_proposals, classes)
-        boxes = box_ops.decode(
-            predictions.deltas.unflatten(0, (batch, num_proposals)),
-            proposals.boxes[:, :, None].expand(-1, -1, classes, 4),
-            config.delta_weights,
-        )
-        boxes = box_ops.clip(boxes, sizes[:, None, None])
-        too_small = (boxes[..., 2:] - boxes[..., :2]).amin(-1) < config.min_box_size
-        empty = torch.arange(num_proposals, device=boxes.device) >= proposals.counts[:, None]
-        scores = scores.masked_fill(too_small | empty[..., None], 0.0).flatten(1)
-        boxes = boxes.flatten(1, 2)
-        labels = torch.arange(1, classes + 1, device=boxes.device).repeat(batch, num_proposals)
-        with mark("NMS"):
-            indices, counts = nms_padded(
-                boxes,
-                scores,
-                config.nms_iou,
-                min(config.detections, scores.shape[1]),
-                classes=labels,
+        with mark("selection"):
+            boxes, scores, labels, counts = select_detections(
+                predictions.logits,
+                predictions.deltas,
+                proposals.boxes,
+                proposals.counts,
+                sizes,
                 score_threshold=config.score_threshold,
+                iou_threshold=config.nms_iou,
+                max_detections=config.detections,
+                min_size=config.min_box_size,
+                weights=config.delta_weights,
             )
-        empty, indices = indices < 0, indices.clamp(min=0)
-        return PaddedDetections(
-            boxes=boxes.take_along_dim(indices[..., None], 1).masked_fill(empty[..., None], 0.0),
-            scores=scores.gather(1, indices).masked_fill(empty, 0.0),
-            labels=labels.gather(1, indices).masked_fill(empty, 0),
-            counts=counts,
-        )
+        return PaddedDetections(boxes, scores, labels, counts)

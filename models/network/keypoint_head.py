@@ -5,19 +5,19 @@ R regions, C channels, P keypoints.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastmask import decode_keypoints, keypoint_loss
 from models.config import KeypointHeadConfig
 from models.distributed import mean_count
 from models.marks import mark
 from models.network.layers import Convs, initialise
-from models.network.matching import PositiveSamples
-from models.structures import Target
+from models.network.matching import Samples
+from models.structures import PaddedTargets
 
 
 class KeypointHead(nn.Module):
@@ -43,30 +43,30 @@ class KeypointHead(nn.Module):
         x = self.deconv(self.convs(regions)).float()
         return F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False)
 
-    def targets(self, samples: PositiveSamples, targets: Sequence[Target], *, size: int) -> Tensor:
+    def targets(self, samples: Samples, targets: PaddedTargets, *, size: int) -> Tensor:
         """The pixel of the heatmap in which each keypoint lies (§5).
 
         Args:
             samples: from `Samples.positives`, R in all images.
-            targets: ground truth of each image, with keypoints.
+            targets: ground truth, with keypoints.
             size: m, the pixels of a heatmap along each axis.
 
         Returns:
-            `[R, P]` int64, row * m + column, or -1 where a keypoint is not labelled or lies outside of its region.
+            `[R, P]` int64, row * m + column, or -1 where a keypoint is not labelled or lies outside of its region, and
+            for samples that are not positive.
 
         Raises:
             ValueError: a target has no keypoints.
         """
-        points = []
-        for target, matches in zip(targets, samples.matches, strict=True):
-            if target.keypoints is None:
-                raise ValueError("targets: expected keypoints [G, P, 3], got None")
-            points.append(target.keypoints[matches])
-        keypoints, boxes = torch.cat(points), torch.cat(samples.boxes)
+        if targets.keypoints is None:
+            raise ValueError("targets: expected keypoints [B, G, P, 3], got None")
+        keypoints = targets.keypoints.take_along_dim(samples.matches[..., None, None], 1).flatten(0, 1)
+        boxes = samples.boxes.flatten(0, 1)
         low, high = boxes[:, None, :2], boxes[:, None, 2:]
         pixels = ((keypoints[..., :2] - low) * (size / (high - low))).floor()
         pixels = torch.where(keypoints[..., :2] == high, size - 1, pixels)  # the far edge belongs to the last pixel
         inside = ((pixels >= 0) & (pixels < size)).all(-1) & (keypoints[..., 2] > 0)
+        inside &= (samples.labels.flatten() > 0)[:, None]
         return torch.where(inside, pixels[..., 1] * size + pixels[..., 0], -1.0).long()
 
     def loss(self, heatmaps: Tensor, targets: Tensor) -> dict[str, Tensor]:
@@ -79,15 +79,11 @@ class KeypointHead(nn.Module):
         Returns:
             `loss_keypoint`, summed over the keypoints with a target and divided by `mean_count` of them.
         """
-        logits = heatmaps.flatten(0, 1).flatten(1)
-        loss = F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction="sum")
-        return {"loss_keypoint": loss / mean_count((targets >= 0).sum())}
+        return {"loss_keypoint": keypoint_loss(heatmaps, targets, reduction="sum") / mean_count((targets >= 0).sum())}
 
     @mark("heads")
     def decode(self, heatmaps: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
         """The most likely pixel of each keypoint, after bicubic resizing of each heatmap to its box (Detectron).
-
-        Synchronises with the device, because the sizes of the resized heatmaps depend on the boxes.
 
         Args:
             heatmaps: `[N, P, m, m]`, logits.
@@ -97,12 +93,4 @@ class KeypointHead(nn.Module):
             Keypoints `[N, P, 3]`, which are x and y at the centre of a pixel of the box, and 1; and their logits,
             `[N, P]`.
         """
-        count, points = heatmaps.shape[:2]
-        sizes = (boxes[:, 2:] - boxes[:, :2]).clamp(min=1)
-        keypoints, scores = heatmaps.new_ones(count, points, 3), heatmaps.new_empty(count, points)
-        for i, (width, height) in enumerate(sizes.ceil().long().tolist()):
-            resized = F.interpolate(heatmaps[i, None], size=(height, width), mode="bicubic", align_corners=False)[0]
-            scores[i], index = resized.flatten(1).max(1)
-            pixels = torch.stack([index % width, index // width], 1)
-            keypoints[i, :, :2] = boxes[i, :2] + (pixels + 0.5) * (sizes[i] / sizes[i].ceil())
-        return keypoints, scores
+        return decode_keypoints(heatmaps, boxes)

@@ -7,6 +7,7 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
@@ -30,7 +31,7 @@ def conv_norm(x: Tensor, conv: nn.Conv2d, norm: BatchNorm | nn.Identity) -> Tens
         return norm(conv(x))
     constants: Any = norm  # both kinds of batch norm have these tensors; only one declares them
     scale = constants.weight * (constants.running_var + constants.eps).rsqrt()
-    bias = constants.bias - constants.running_mean * scale
+    bias = torch.addcmul(constants.bias, constants.running_mean, scale, value=-1)
     weight = conv.weight * scale[:, None, None, None]
     return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 

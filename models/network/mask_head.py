@@ -5,27 +5,17 @@ R regions, C channels, K classes, B images, D detections of each image.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmask import roi_align
+from fastmask import mask_loss, mask_targets, select_mask_logits
 from models.config import FCNMask
 from models.distributed import mean_count
 from models.network.layers import Convs, initialise
-from models.network.matching import PositiveSamples
-from models.structures import Target
-
-
-class MaskTargets(NamedTuple):
-    """The training target of each region."""
-
-    labels: Tensor  # [R] int64, 1..K
-    masks: Tensor  # [R, m, m] in 0..1
+from models.network.matching import Samples
+from models.structures import PaddedTargets
 
 
 class MaskHead(nn.Module):
@@ -49,54 +39,54 @@ class MaskHead(nn.Module):
 
     def forward(self, regions: Tensor) -> Tensor:
         """Regions `[R, C, h, w]` to the logits of each class's mask, `[R, K, 2h, 2w]`."""
-        return self.mask_logits(F.relu(self.deconv(self.convs(regions)), inplace=True))
+        return self.mask_logits(self._upsampled(regions))
 
-    def targets(
-        self, samples: PositiveSamples, targets: Sequence[Target], *, size: int, aligned: bool = True
-    ) -> MaskTargets:
-        """The part of each object's mask that lies in its region, resampled (§3.1).
+    def _upsampled(self, regions: Tensor) -> Tensor:
+        return F.relu(self.deconv(self.convs(regions)), inplace=True)
+
+    def targets(self, samples: Samples, targets: PaddedTargets, *, size: int, aligned: bool = True) -> Tensor:
+        """The part of each object's mask that lies in its region, at the resolution of the predictions (§3.1).
 
         Args:
             samples: from `Samples.positives`, R in all images.
-            targets: ground truth of each image, with masks.
+            targets: ground truth, with masks.
             size: m, the pixels of a mask along each axis.
-            aligned: whether pixel centres are at half pixels, as in the pooling of the features.
+            aligned: whether pixel centres of bitmaps and RLE are at half pixels, as in the pooling of the features.
+
+        Returns:
+            `[R, m, m]`, 0 or 1 for polygons, in 0..1 for bitmaps and RLE; zeros for samples that are not positive.
 
         Raises:
-            ValueError: a target has no masks.
+            ValueError: the targets have no masks.
         """
-        masks = []
-        for boxes, matches, target in zip(samples.boxes, samples.matches, targets, strict=True):
-            if target.masks is None:
-                raise ValueError("targets: expected masks [G, H, W], got None")
-            rois = torch.cat([matches[:, None].to(boxes), boxes], 1)  # each mask is one image of the batch
-            masks.append(roi_align(target.masks[:, None].to(boxes), rois, size, aligned=aligned)[:, 0])
-        return MaskTargets(samples.labels, torch.cat(masks))
+        if targets.masks is None:
+            raise ValueError("targets: expected masks, got None")
+        matches = samples.matches.masked_fill(samples.labels <= 0, -1)
+        return mask_targets(targets.masks, samples.boxes, matches, size, aligned=aligned).flatten(0, 1)
 
-    def loss(self, logits: Tensor, targets: MaskTargets) -> dict[str, Tensor]:
+    def loss(self, logits: Tensor, targets: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """The loss of the mask that each region predicts for its class; other classes do not contribute (§3).
 
         Args:
             logits: from `forward`.
             targets: from `targets`.
+            labels: `[R]` int64, 1..K, and 0 for samples that are not positive, which do not contribute.
 
         Returns:
             `loss_mask`, the binary cross entropy, summed over pixels and divided by `mean_count` of them.
         """
-        logits = _of_class(logits, targets.labels)
-        loss = F.binary_cross_entropy_with_logits(logits, targets.masks, reduction="sum")
-        return {"loss_mask": loss / mean_count(torch.full((), logits.numel(), device=logits.device))}
+        positive = labels > 0
+        loss = mask_loss(logits, targets, labels, positive, reduction="sum")
+        return {"loss_mask": loss / mean_count(positive.sum() * targets[0].numel())}
 
-    def decode(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Probabilities `[B, D, m, m]` of the masks of each detection's class.
+    def predict(self, regions: Tensor, labels: Tensor) -> Tensor:
+        """Probabilities `[B, D, m, m]` of the masks of each detection's class, without those of other classes.
 
         Args:
-            logits: from `forward`, R = B * D.
+            regions: as for `forward`, R = B * D.
             labels: `[B, D]` int64, 1..K; 0 in empty slots.
         """
-        return _of_class(logits, labels.flatten()).sigmoid().unflatten(0, labels.shape)
-
-
-def _of_class(logits: Tensor, labels: Tensor) -> Tensor:
-    """The logits `[R, m, m]` of one class for each region, float32."""
-    return logits.take_along_dim((labels - 1).clamp(min=0)[:, None, None, None], 1)[:, 0].float()
+        weight, bias = self.mask_logits.weight, self.mask_logits.bias
+        assert bias is not None
+        logits = select_mask_logits(self._upsampled(regions), weight, bias, labels.flatten())
+        return logits.sigmoid().unflatten(0, labels.shape)

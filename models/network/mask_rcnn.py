@@ -15,8 +15,8 @@ from models.network.mask_head import MaskHead
 from models.network.matching import sample_proposals
 from models.network.roi_features import build_features
 from models.network.rpn import RPN
-from models.preprocess import preprocess, resized_shape
-from models.structures import Detections, PaddedDetections, Target
+from models.preprocess import preprocess
+from models.structures import Detections, PaddedDetections, PaddedTargets
 
 
 class MaskRCNN(nn.Module):
@@ -39,14 +39,14 @@ class MaskRCNN(nn.Module):
         self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
     def forward(
-        self, images: Tensor, sizes: Tensor, targets: Sequence[Target] | None = None
+        self, images: Tensor, sizes: Tensor, targets: PaddedTargets | None = None
     ) -> PaddedDetections | dict[str, Tensor]:
         """Losses of a padded batch if targets are given, otherwise its detections.
 
         Args:
             images: `[B, 3, H, W]`, from `models.preprocess.batch`.
             sizes: `[B, 2]` int64, (height, width) of each image before padding.
-            targets: ground truth of each image, in pixels of the padded images.
+            targets: ground truth, from `models.structures.pad_targets`.
 
         Returns:
             From `losses` or from `infer`.
@@ -74,18 +74,20 @@ class MaskRCNN(nn.Module):
         detections = detections.compact() if compact else detections
 
         if self.mask_head is not None:
-            masks = self.mask_head(self.roi_features(features, detections.boxes, self.mask_head.resolution))
-            detections.masks = self.mask_head.decode(masks, detections.labels)
+            regions = self.roi_features(features, detections.boxes, self.mask_head.resolution)
+            detections.masks = self.mask_head.predict(regions, detections.labels)
         if self.keypoint_head is not None:
             heatmaps = self.keypoint_head(self.roi_features(features, detections.boxes, self.keypoint_head.resolution))
-            detections.heatmaps = heatmaps.unflatten(0, detections.labels.shape)  # decoded in `detect`
+            keypoints, scores = self.keypoint_head.decode(heatmaps, detections.boxes.flatten(0, 1))
+            detections.keypoints = keypoints.unflatten(0, detections.labels.shape)
+            detections.keypoint_scores = scores.unflatten(0, detections.labels.shape)
         return detections
 
     @mark("heads")
-    def losses(self, images: Tensor, sizes: Tensor, targets: Sequence[Target]) -> dict[str, Tensor]:
-        """Losses of a padded batch.
+    def losses(self, images: Tensor, sizes: Tensor, targets: PaddedTargets) -> dict[str, Tensor]:
+        """Losses of a padded batch, without host-device synchronisation.
 
-        With a mask or keypoint branch it synchronises with the device once, for the number of positive samples.
+        The mask and keypoint heads have a slot for each positive sample that there may be; losses ignore empty slots.
 
         Args:
             images, sizes, targets: as for `forward`.
@@ -107,13 +109,14 @@ class MaskRCNN(nn.Module):
         if self.mask_head is None and self.keypoint_head is None:
             return losses
 
-        positives = samples.positives()
+        positives = samples.positives(int(sampling.rois_per_image * sampling.positive_fraction))
+        positives = positives.compact() if images.device.type == "cpu" else positives  # fewer regions to compute
         if self.mask_head is not None:
             masks = self.mask_head(self.roi_features(features, positives.boxes, self.mask_head.resolution))
             mask_targets = self.mask_head.targets(
                 positives, targets, size=masks.shape[-1], aligned=self.config.pooling.aligned
             )
-            losses |= self.mask_head.loss(masks, mask_targets)
+            losses |= self.mask_head.loss(masks, mask_targets, positives.labels.flatten())
         if self.keypoint_head is not None:
             heatmaps = self.keypoint_head(self.roi_features(features, positives.boxes, self.keypoint_head.resolution))
             keypoint_targets = self.keypoint_head.targets(positives, targets, size=heatmaps.shape[-1])
@@ -124,38 +127,25 @@ class MaskRCNN(nn.Module):
     def detect(self, images: Sequence[Tensor]) -> list[Detections]:
         """Detections of each image, in pixels of the given image.
 
-        Synchronises with the device once for the number of detections, and once for each image with keypoints.
+        Synchronises with the device once, for the number of detections.
 
         Args:
             images: uint8 RGB, `[3, H, W]` each, of any sizes and on any device.
         """
-        device = self.rpn.cell_anchors.device
-        batch = preprocess(images, self.config.input, device)
-        detections = self.infer(*batch, compact=device.type == "cpu")
-        return self._postprocess(detections, [(image.shape[1], image.shape[2]) for image in images])
+        paste = self.config.mask.paste if self.config.mask else "aligned"
+        return self.detect_padded(images).split([(image.shape[1], image.shape[2]) for image in images], paste)
 
-    def _postprocess(self, padded: PaddedDetections, image_sizes: Sequence[tuple[int, int]]) -> list[Detections]:
-        """The detections of each image, scaled from the resized images to images of (height, width)."""
-        config = self.config
-        detections = []
-        for i, (count, (height, width)) in enumerate(zip(padded.counts.tolist(), image_sizes, strict=True)):
-            resized = resized_shape(height, width, config.input.min_size, config.input.max_size)
-            scale = padded.boxes.new_tensor([width / resized[1], height / resized[0]])
-            boxes = padded.boxes[i, :count]
-            keypoints = keypoint_scores = None
-            if self.keypoint_head is not None and padded.heatmaps is not None:
-                keypoints, keypoint_scores = self.keypoint_head.decode(padded.heatmaps[i, :count], boxes)
-                keypoints[..., :2] *= scale
-            detections.append(
-                Detections(
-                    boxes=boxes * scale.repeat(2),
-                    scores=padded.scores[i, :count],
-                    labels=padded.labels[i, :count],
-                    image_size=(height, width),
-                    mask_probabilities=None if padded.masks is None else padded.masks[i, :count],
-                    keypoints=keypoints,
-                    keypoint_scores=keypoint_scores,
-                    paste=config.mask.paste if config.mask else "aligned",
-                )
-            )
+    @torch.inference_mode()
+    def detect_padded(self, images: Sequence[Tensor]) -> PaddedDetections:
+        """Detections in fixed shapes, in pixels of the given images, without host-device synchronisation.
+
+        Args:
+            images: as for `detect`.
+        """
+        device = self.rpn.cell_anchors.device
+        batch, shapes = preprocess(images, self.config.input, device)
+        detections = self.infer(*batch, compact=device.type == "cpu")
+        detections.rescale(
+            [(image.shape[1] / h, image.shape[2] / w) for image, (h, w) in zip(images, shapes, strict=True)]
+        )
         return detections

@@ -5,7 +5,6 @@ B images; A anchors at each position; S sampled anchors and P proposals of each 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
@@ -14,20 +13,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmask import box_ops, nms_padded
+from fastmask import box_ops, match_boxes, sample_matches, select_proposals
 from models.config import AnchorConfig, RPNConfig
 from models.distributed import mean_count
 from models.marks import mark
 from models.network.layers import Convs, initialise
-from models.network.matching import POSITIVE, index_matched, match, sample
-from models.structures import Proposals, Target
+from models.network.matching import POSITIVE
+from models.structures import PaddedTargets, Proposals
 
 
 class AnchorPredictions(NamedTuple):
     """Predictions for each anchor; each list has one entry for each level."""
 
-    logits: list[Tensor]  # [B, H * W * A] float32
-    deltas: list[Tensor]  # [B, H * W * A, 4] float32
+    logits: list[Tensor]  # [B, H * W * A]
+    deltas: list[Tensor]  # [B, H * W * A, 4]
     anchors: list[Tensor]  # [H * W * A, 4], pixels of the padded images
 
 
@@ -92,41 +91,37 @@ class RPN(nn.Module):
         logits, deltas = [], []
         for x in features:
             x = self.convs(x)
-            logits.append(self.objectness(x).permute(0, 2, 3, 1).flatten(1).float())
-            deltas.append(self.deltas(x).permute(0, 2, 3, 1).reshape(len(x), -1, 4).float())
+            logits.append(self.objectness(x).permute(0, 2, 3, 1).flatten(1))
+            deltas.append(self.deltas(x).permute(0, 2, 3, 1).reshape(len(x), -1, 4))
         return AnchorPredictions(logits, deltas, self._anchors(features, image_size))
 
     @mark("RPN")
     @torch.no_grad()
-    def targets(
-        self, predictions: AnchorPredictions, targets: Sequence[Target], *, crowd_overlap: float
-    ) -> AnchorTargets:
+    def targets(self, predictions: AnchorPredictions, targets: PaddedTargets, *, crowd_overlap: float) -> AnchorTargets:
         """Match the anchors to the ground truth, and sample those that the losses are computed on.
 
         Args:
             predictions: from `forward`.
-            targets: ground truth of each image.
+            targets: ground truth.
             crowd_overlap: a negative anchor with this fraction of its area in a crowd region is ignored.
         """
         config = self.config
         anchors = torch.cat(predictions.anchors)
-        all_kinds, gt_boxes = [], []
-        for target in targets:
-            matches, kinds = match(
-                anchors,
-                target,
-                config.positive_iou,
-                config.negative_iou,
-                crowd_overlap=crowd_overlap,
-                best_for_each=True,
-            )
-            all_kinds.append(kinds)
-            gt_boxes.append(index_matched(target.boxes, matches))
-        kinds = torch.stack(all_kinds)
-        indices, valid = sample(kinds, config.samples_per_image, config.positive_fraction)
-        positive = valid & (kinds.gather(1, indices) == POSITIVE)
+        matches, labels = match_boxes(
+            anchors,
+            targets.boxes,
+            targets.counts,
+            config.positive_iou,
+            config.negative_iou,
+            low_quality=True,
+            crowds=targets.crowds,
+            crowd_counts=targets.crowd_counts,
+            crowd_overlap=crowd_overlap,
+        )
+        indices, valid = sample_matches(labels, config.samples_per_image, config.positive_fraction)
+        positive = valid & (labels.gather(1, indices) == POSITIVE)
         anchors = anchors[indices]
-        gt_boxes = torch.stack(gt_boxes).take_along_dim(indices[..., None], 1)
+        gt_boxes = targets.boxes.take_along_dim(matches.gather(1, indices)[..., None], 1)
         # Anchors that are not positive are their own targets, which gives deltas of zero
         deltas = box_ops.encode(torch.where(positive[..., None], gt_boxes, anchors), anchors)
         return AnchorTargets(indices, valid, positive, deltas)
@@ -144,8 +139,8 @@ class RPN(nn.Module):
             of the positive anchors' deltas.
         """
         num_samples = mean_count(targets.valid.sum())
-        logits = torch.cat(predictions.logits, 1).gather(1, targets.indices)
-        deltas = torch.cat(predictions.deltas, 1).take_along_dim(targets.indices[..., None], 1)
+        logits = torch.cat(predictions.logits, 1).gather(1, targets.indices).float()
+        deltas = torch.cat(predictions.deltas, 1).take_along_dim(targets.indices[..., None], 1).float()
         objectness = F.binary_cross_entropy_with_logits(logits, targets.positive.to(logits), reduction="none")
         distance = F.smooth_l1_loss(deltas, targets.deltas, beta=self.config.smooth_l1_beta, reduction="none")
         return {
@@ -166,46 +161,18 @@ class RPN(nn.Module):
             Up to `config.proposals_train` or `config.proposals` boxes of each image, depending on the mode.
         """
         config = self.config
-        num_proposals = config.proposals_train if self.training else config.proposals
-        scores, boxes = self._best_boxes(predictions)
-        boxes = box_ops.clip(boxes, sizes[:, None, None])
-        too_small = (boxes[..., 2:] - boxes[..., :2]).amin(-1) < config.min_box_size
-        scores = scores.masked_fill(too_small, -math.inf)
-
-        batch, levels, candidates = scores.shape
-        with mark("NMS"):
-            indices, _ = nms_padded(
-                boxes.flatten(0, 1),
-                scores.flatten(0, 1),
-                config.nms_iou,
-                min(candidates, num_proposals),
-                score_threshold=-math.inf,
+        with mark("selection"):
+            boxes, _, counts = select_proposals(
+                predictions.logits,
+                predictions.deltas,
+                predictions.anchors,
+                sizes,
+                pre_nms_top_k=config.pre_nms_top_k_train if self.training else config.pre_nms_top_k,
+                post_nms_top_k=config.proposals_train if self.training else config.proposals,
+                iou_threshold=config.nms_iou,
+                min_size=config.min_box_size,
             )
-        indices = indices.unflatten(0, (batch, levels))
-        empty, indices = indices < 0, indices.clamp(min=0)
-        scores = scores.gather(2, indices).masked_fill(empty, -math.inf).flatten(1)
-        boxes = boxes.take_along_dim(indices[..., None], 2).flatten(1, 2)
-
-        scores, indices = scores.topk(min(num_proposals, scores.shape[1]))
-        boxes = boxes.take_along_dim(indices[..., None], 1)
-        valid = scores > -math.inf
-        return Proposals(boxes.masked_fill(~valid[..., None], 0.0), valid.sum(1))
-
-    def _best_boxes(self, predictions: AnchorPredictions) -> tuple[Tensor, Tensor]:
-        """The highest logits of each level, `[B, levels, n]`, and their decoded boxes, `[B, levels, n, 4]`.
-
-        n is the largest number over the levels; other levels are padded with logits of -infinity.
-        """
-        top_k = self.config.pre_nms_top_k_train if self.training else self.config.pre_nms_top_k
-        candidates = min(top_k, max(len(anchors) for anchors in predictions.anchors))
-        all_scores, all_boxes = [], []
-        for logits, deltas, anchors in zip(*predictions, strict=True):
-            scores, indices = logits.topk(min(top_k, len(anchors)))
-            boxes = box_ops.decode(deltas.take_along_dim(indices[..., None], 1), anchors[indices])
-            padding = candidates - scores.shape[1]
-            all_scores.append(F.pad(scores, (0, padding), value=-math.inf))
-            all_boxes.append(F.pad(boxes, (0, 0, 0, padding)))
-        return torch.stack(all_scores, 1), torch.stack(all_boxes, 1)
+        return Proposals(boxes, counts)
 
     def _anchors(self, features: Sequence[Tensor], image_size: Sequence[int]) -> list[Tensor]:
         """Anchors of each feature map, `[H * W * A, 4]`, ordered by row, then by column, then by cell anchor."""
@@ -215,7 +182,7 @@ class RPN(nn.Module):
             for length, image_length in zip(feature.shape[2:], image_size, strict=True):
                 # Rounded anchors are those of torchvision, which computes the strides from the sizes
                 stride = image_length // length if self.config.anchors.rounded else exact_stride
-                axes.append(torch.arange(length, device=cell.device) * stride)
+                axes.append(torch.arange(0, length * stride, stride, device=cell.device))
             y, x = torch.meshgrid(*axes, indexing="ij")
             levels.append((torch.stack([x, y, x, y], -1)[:, :, None] + cell).flatten(0, 2))
         return levels

@@ -9,6 +9,7 @@ from pycocotools.coco import COCO
 from models.data.coco import CocoDataset
 from models.structures import Category
 from tests.oracles.coco_files import HEIGHT, WIDTH, content, open_changed, person, rle, write
+from tests.oracles.mask_targets import bitmaps
 
 pytestmark = pytest.mark.reference_only
 
@@ -34,7 +35,7 @@ def test_items(root):
     assert target.labels.tolist() == [1, 2]
     assert target.boxes.tolist() == [[4, 4, 12, 14], [15, 3.25, 30, 20]]
     assert target.crowds.tolist() == [[3, 5, 30, 20]]
-    assert target.masks.dtype == torch.uint8
+    assert len(target.masks) == 2
     # COCO's pixel indices become pixel centres; unlabelled keypoints stay zero.
     assert target.keypoints.tolist() == [[[6.5, 5.5, 2], [10.5, 7.5, 1], [0, 0, 0]], [[0, 0, 0]] * 3]
     assert dataset[1][0].unique().tolist() == [1]
@@ -45,7 +46,7 @@ def test_masks_are_those_of_pycocotools(root, capsys):
     dataset = CocoDataset(root, "val")
     assert capsys.readouterr().out == ""
     coco = COCO(root / "annotations" / "instances_val.json")
-    masks = torch.cat([dataset[0][1].masks, dataset[1][1].masks]).numpy()
+    masks = torch.cat([bitmaps(dataset[0][1].masks), bitmaps(dataset[1][1].masks)]).numpy()
     for mask, id in zip(masks, (1, 2, 4), strict=True):
         assert np.array_equal(mask, coco.annToMask(coco.anns[id])), id
     assert masks[2].sum() == 48 + 24
@@ -62,7 +63,7 @@ def test_polygons_and_both_kinds_of_rle_of_one_region(tmp_path):
     segmentations = [polygon, compressed, {"size": [HEIGHT, WIDTH], "counts": runs}]
     coco["annotations"] = [person(id=id, segmentation=value) for id, value in enumerate(segmentations)]
     write(tmp_path, coco)
-    masks = CocoDataset(tmp_path, "val")[0][1].masks
+    masks = bitmaps(CocoDataset(tmp_path, "val")[0][1].masks)
     assert 0 < masks[0].sum() < HEIGHT * WIDTH
     assert torch.equal(masks[0], masks[1])
     assert torch.equal(masks[0], masks[2])
@@ -92,7 +93,7 @@ def test_images_and_objects_without_annotations(root):
     target = CocoDataset(root, "val", keypoints=True)[2][1]
     assert target.boxes.shape == target.crowds.shape == (0, 4)
     assert target.labels.dtype == torch.int64
-    assert target.masks.shape == (0, HEIGHT, WIDTH)
+    assert (len(target.masks), target.masks.size) == (0, (HEIGHT, WIDTH))
     assert target.keypoints.shape == (0, 3, 3)
 
 
@@ -119,7 +120,7 @@ def test_fields_that_other_tools_omit(tmp_path):
     dataset = open_changed(tmp_path, person(area=None, iscrowd=None, num_keypoints=None), keypoints=True)
     (annotation,) = dataset.ground_truth().loadAnns([1])
     assert annotation["iscrowd"] == 0
-    assert annotation["area"] == dataset[0][1].masks[0].sum()
+    assert annotation["area"] == bitmaps(dataset[0][1].masks)[0].sum()
     assert annotation["num_keypoints"] == 2
 
 

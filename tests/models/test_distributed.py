@@ -8,10 +8,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
+from fastmask import Masks
 from models import preprocess
 from models.network.mask_rcnn import MaskRCNN
 from models.presets import PRESETS
-from models.structures import Target
+from models.structures import Target, pad_targets
 
 pytestmark = [pytest.mark.reference_only, pytest.mark.unpoisoned]
 
@@ -42,8 +43,8 @@ def batch(part):
         low = torch.rand(num_objects, 2, generator=g) * 30
         boxes = torch.cat([low, low + 10 + 20 * torch.rand(num_objects, 2, generator=g)], 1)
         masks = torch.randint(0, 2, (num_objects, 64, 96), generator=g, dtype=torch.uint8)
-        targets.append(Target(boxes, torch.arange(num_objects) % 3 + 1, torch.zeros(0, 4), masks))
-    return *preprocess.batch(images[part], PRESETS["demo"].model.input), targets[part]
+        targets.append(Target(boxes, torch.arange(num_objects) % 3 + 1, torch.zeros(0, 4), Masks.from_bitmaps(masks)))
+    return *preprocess.batch(images[part], PRESETS["demo"].model.input), pad_targets(targets[part])
 
 
 def gradients(network, part):

@@ -21,7 +21,6 @@ from models.data.coco import CocoDataset
 from models.data.problems import DataError
 from models.distributed import process_group
 from models.evaluate import EvaluateConfig, main
-from models.rle import PASTE_BYTES, encode_masks
 from models.structures import Category, Detections
 
 pytestmark = pytest.mark.reference_only
@@ -267,7 +266,7 @@ def test_other_numbers_of_keypoints(root):
     assert evaluate(Fewer(), categories, dataset_of(root), data_of(root))["keypoints"]["AP"] == pytest.approx(1)
 
 
-def test_masks_are_pasted_in_slices_and_encoded_as_pycocotools_does(monkeypatch):
+def test_masks_are_encoded_as_pycocotools_encodes_the_pasted_ones():
     generator = torch.Generator().manual_seed(0)
     corners = torch.rand(23, 2, generator=generator) * 60 - 10
     detections = Detections(
@@ -278,15 +277,11 @@ def test_masks_are_pasted_in_slices_and_encoded_as_pycocotools_does(monkeypatch)
         mask_probabilities=torch.rand(23, 28, 28, generator=generator),
     )
     expected = [coco_mask.encode(mask.byte().numpy().copy(order="F")) for mask in detections.masks()]
-    pasted, paste = [], Detections.masks
-    monkeypatch.setattr(Detections, "masks", lambda self: pasted.append(len(self)) or paste(self))
-    for limit, slices in ((PASTE_BYTES, [23]), (8 * 47 * 61, [8, 8, 7]), (1, [1] * 23)):
-        pasted.clear()
-        monkeypatch.setattr("models.rle.PASTE_BYTES", limit)
-        encoded = encode_masks(detections)
-        assert pasted == slices
-        assert [rle["counts"].encode() for rle in encoded] == [rle["counts"] for rle in expected]
-        assert [rle["size"] for rle in encoded] == [[47, 61]] * 23
+    encoded = detections.rle()
+    assert [rle["counts"].encode() for rle in encoded] == [rle["counts"] for rle in expected]
+    assert [rle["size"] for rle in encoded] == [[47, 61]] * 23
+    with pytest.raises(ValueError, match="got None: the model has no mask branch"):
+        replace(detections, mask_probabilities=None).rle()
 
 
 def test_results_without_branches():

@@ -54,12 +54,11 @@ def take(loader, count):
 
 def assert_same(batches, others):
     for batch, other in zip(batches, others, strict=True):
-        assert [target.image_id for target in batch.targets] == [target.image_id for target in other.targets]
+        assert batch.targets.image_ids == other.targets.image_ids
         for image, other_image in zip(batch.images, other.images, strict=True):
             assert torch.equal(image, other_image)
-        for target, other_target in zip(batch.targets, other.targets, strict=True):
-            assert torch.equal(target.boxes, other_target.boxes)
-            assert torch.equal(target.masks, other_target.masks)
+        for tensor, other_tensor in zip(batch.targets.tensors(), other.targets.tensors(), strict=True):
+            assert torch.equal(tensor, other_tensor)
 
 
 def test_any_number_of_workers_gives_the_same(root):
@@ -71,7 +70,7 @@ def test_any_number_of_workers_gives_the_same(root):
     assert_same(alone, shared)
     assert len({image.shape for batch in alone for image in batch.images}) > 2
     other_seed = take(train_loader(dataset, config(), 2, max_size=100, seed=4), 9)
-    assert [b.targets[0].image_id for b in alone] != [b.targets[0].image_id for b in other_seed]
+    assert [b.targets.image_ids for b in alone] != [b.targets.image_ids for b in other_seed]
 
 
 def test_loading_does_not_draw_from_the_global_generator(root):
@@ -161,8 +160,8 @@ def test_bad_images_are_counted_and_replaced(root, workers):
     spoil(root, 4, 5)
     dataset = CocoDataset(root, "train", training=True, on_error="skip")
     batches = take(train_loader(dataset, config(workers), 2, max_size=100, seed=0), 15)
-    assert all(len(batch.images) == len(batch.targets) == 2 for batch in batches)
-    assert not {104, 105} & {target.image_id for batch in batches for target in batch.targets}
+    assert all(len(batch.images) == len(batch.targets.image_ids) == 2 for batch in batches)
+    assert not {104, 105} & {image_id for batch in batches for image_id in batch.targets.image_ids}
     assert {bad.image_id for batch in batches for bad in batch.bad} == {104, 105}
     assert dataset.problems.counts == {"unreadable image": 2}  # in three epochs
     assert "4.png" in dataset.summary()

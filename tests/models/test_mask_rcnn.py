@@ -6,14 +6,16 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fastmask import Masks
 from models import preprocess
 from models.config import KeypointHeadConfig, ModelConfig
 from models.network.mask_rcnn import MaskRCNN
 from models.presets import PRESETS
-from models.structures import Target
+from models.structures import Target, pad_targets
 from models.weights import checkpoint
 from models.weights.torchvision import convert_detector
 from tests.oracles import detectors
+from tests.oracles.mask_targets import bitmaps
 
 pytestmark = [pytest.mark.reference_only, pytest.mark.unpoisoned]
 
@@ -63,7 +65,7 @@ def target(height, width, count, keypoints=False):
         points[:, 3, 2] = 0
         points[:, 4, :2] = boxes[:, 2:]  # on the far corner, which belongs to the last pixel
     labels = torch.ones(count, dtype=torch.int64) if keypoints else torch.arange(count) % 3 + 1
-    return Target(boxes, labels, torch.zeros(0, 4), masks, points)
+    return Target(boxes, labels, torch.zeros(0, 4), Masks.from_bitmaps(masks), points)
 
 
 @pytest.mark.parametrize("name", ["maskrcnn_resnet50_fpn", "keypointrcnn_resnet50_fpn"])
@@ -102,13 +104,17 @@ def test_losses_and_gradients_are_torchvisions(name, tmp_path):
     images = pixels((192, 208), (224, 192))
     targets = [target(192, 208, 3, keypoints), target(224, 192, 1, keypoints)]
     old_targets = [
-        {"boxes": t.boxes, "labels": t.labels, **({"keypoints": t.keypoints} if keypoints else {"masks": t.masks})}
+        {
+            "boxes": t.boxes,
+            "labels": t.labels,
+            **({"keypoints": t.keypoints} if keypoints else {"masks": bitmaps(t.masks)}),
+        }
         for t in targets
     ]
     reference.train().backbone.eval()
     model.train().backbone.eval()
     expected = reference([image / 255 for image in images], old_targets)
-    losses = model(*preprocess.batch(images, model.config.input), targets)
+    losses = model(*preprocess.batch(images, model.config.input), pad_targets(targets))
     assert expected.keys() == losses.keys()
     for key, value in expected.items():
         torch.testing.assert_close(losses[key], value, rtol=1e-4, atol=1e-6)
@@ -138,7 +144,8 @@ def test_inference_has_fixed_shapes(preset):
     assert detections.counts.shape == (2,)
     size = 14 if preset.endswith("C4") else 28
     assert detections.masks is None if preset.endswith("box") else detections.masks.shape == (2, 100, size, size)
-    assert detections.heatmaps is None or detections.heatmaps.shape == (2, 100, 17, 56, 56)
+    assert detections.keypoints is None or detections.keypoints.shape == (2, 100, 17, 3)
+    assert detections.keypoint_scores is None or detections.keypoint_scores.shape == (2, 100, 17)
 
 
 def small(**changes):
@@ -203,7 +210,7 @@ def test_a_c4_learns():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     history = []
     for _ in range(8):
-        loss = sum(model(*batch, targets).values())
+        loss = sum(model(*batch, pad_targets(targets)).values())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -218,7 +225,7 @@ def test_images_without_ground_truth_train(counts):
     model = MaskRCNN(small(keypoint=KeypointHeadConfig(convs=1, channels=32))).train()
     images = pixels((192, 224), (192, 192))
     targets = [target(*image.shape[1:], count, True) for image, count in zip(images, counts, strict=True)]
-    losses = model(*preprocess.batch(images, model.config.input), targets)
+    losses = model(*preprocess.batch(images, model.config.input), pad_targets(targets))
     sum(losses.values()).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name  # DistributedDataParallel needs it

@@ -5,8 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fastmask import Masks
 from models.data.transforms import Augmentation, flip, mirrored_keypoints, resize
 from models.structures import Target
+from tests.oracles.mask_targets import bitmaps
 
 pytestmark = pytest.mark.reference_only
 
@@ -26,7 +28,7 @@ def sample(height=40, width=64):
         boxes=torch.tensor([[10.0, 5.0, 42.0, 21.0]]),
         labels=torch.tensor([3]),
         crowds=torch.tensor([[0.0, 1.0, 7.5, 9.0]]),
-        masks=masks,
+        masks=Masks.from_bitmaps(masks),
         keypoints=keypoints,
         image_id=7,
     )
@@ -39,7 +41,7 @@ def box_of(mask):
 
 
 def assert_consistent(image, target, tolerance):
-    torch.testing.assert_close(target.boxes[0], box_of(target.masks[0]), atol=tolerance, rtol=0)
+    torch.testing.assert_close(target.boxes[0], box_of(bitmaps(target.masks)[0]), atol=tolerance, rtol=0)
     labelled = target.keypoints[0, target.keypoints[0, :, 2] > 0]
     for x, y, _ in labelled.floor().long().tolist():
         assert image[0, y, x] > 0
@@ -49,7 +51,7 @@ def test_a_flip_changes_everything_alike():
     image, target = sample()
     flipped_image, flipped = flip(image, target, mirrored_keypoints(NAMES))
     assert torch.equal(flipped_image, image.flip(2))
-    assert torch.equal(flipped.masks, target.masks.flip(2))
+    assert torch.equal(bitmaps(flipped.masks), bitmaps(target.masks).flip(2))
     assert_consistent(flipped_image, flipped, 0)
     assert flipped.crowds.tolist() == [[56.5, 1.0, 64.0, 9.0]]
     # The left eye, at pixel 24, becomes the right eye, at pixel 63 - 24; it is still occluded.
@@ -64,7 +66,8 @@ def test_two_flips_are_none():
     mirrored = mirrored_keypoints(NAMES)
     again_image, again = flip(*flip(image, target, mirrored), mirrored)
     assert torch.equal(again_image, image)
-    for name in ("boxes", "crowds", "masks", "keypoints"):
+    assert torch.equal(bitmaps(again.masks), bitmaps(target.masks))
+    for name in ("boxes", "crowds", "keypoints"):
         assert torch.equal(getattr(again, name), getattr(target, name)), name
 
 
@@ -75,8 +78,8 @@ def test_a_resize_changes_everything_alike(min_size, max_size, shape):
     image, target = sample()
     resized_image, resized = resize(image, target, min_size, max_size)
     assert resized_image.shape == (3, *shape)
-    assert resized_image.dtype == resized.masks.dtype == torch.uint8
-    assert resized.masks.shape == (1, *shape)
+    assert resized_image.dtype == torch.uint8
+    assert (len(resized.masks), resized.masks.size) == (1, shape)
     assert_consistent(resized_image, resized, 0.51)
     scale = shape[0] / 40
     torch.testing.assert_close(resized.crowds, target.crowds * scale)
@@ -86,8 +89,8 @@ def test_a_resize_changes_everything_alike(min_size, max_size, shape):
 def test_a_mask_of_a_third_of_the_size_has_the_middle_of_three_pixels():
     image, target = sample(height=42, width=66)
     masks = torch.randint(2, (2, 42, 66), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    _, resized = resize(image, replace(target, masks=masks), 14, 1000)
-    assert torch.equal(resized.masks, masks[:, 1::3, 1::3])
+    _, resized = resize(image, replace(target, masks=Masks.from_bitmaps(masks)), 14, 1000)
+    assert torch.equal(bitmaps(resized.masks), masks[:, 1::3, 1::3])
 
 
 def test_sizes_round_each_side_and_boxes_follow():
@@ -105,7 +108,7 @@ def test_an_image_without_objects():
     )
     _, result = resize(*flip(image, empty, mirrored_keypoints(NAMES)), 20, 1000)
     assert result.boxes.shape == (0, 4)
-    assert result.masks.shape == (0, 20, 32)
+    assert (len(result.masks), result.masks.size) == (0, (20, 32))
     assert result.keypoints.shape == (0, 4, 3)
 
 

@@ -109,13 +109,8 @@ def _on_host(
 
 
 def _encode(detections: Detections) -> Masks:
-    """The pasted masks of fastmask's detections."""
-    if not HAS_PYCOCOTOOLS:
-        with mark("RLE"):  # the copy takes its place
-            return detections.masks().cpu()
-    from models.rle import encode_masks
-
-    return encode_masks(detections)
+    """The masks of fastmask's detections."""
+    return detections.rle()
 
 
 def _encode_one_by_one(masks: Tensor) -> Masks:

@@ -6,8 +6,9 @@ from functools import partial
 import torch
 from torch.nn.functional import grid_sample
 
+from fastmask.kernels._mask_sampling import CONVENTIONS
 from fastmask.kernels._runtime import compute_dtype
-from fastmask.kernels.paste_masks import CONVENTIONS, paste_masks
+from fastmask.kernels.paste_masks import paste_masks
 from tests.oracles.budget import BUDGET, assert_within_budget
 
 

@@ -29,30 +29,15 @@ import torch
 from torch import Tensor
 
 from fastmask.kernels._runtime import overridable
-from fastmask.kernels._validation import (
-    MAX_INT32,
-    check_float,
-    check_fraction,
-    check_int,
-    check_same_device,
-    check_tensor,
+from fastmask.kernels._validation import check_float, check_fraction, check_tensor
+from fastmask.kernels.nms.arguments import (
+    check_boxes,
+    check_classes,
+    check_counts,
+    check_matches_boxes,
+    check_max_output,
 )
 from fastmask.kernels.nms.op import NMSSpec, nms_op, nms_padded_op
-
-
-def _check_boxes(boxes: Tensor, dimensions: tuple[str, ...], scores: Tensor) -> None:
-    """`boxes[*dimensions, 4]` and a score for each."""
-    check_tensor("boxes", boxes, floating=True)
-    check_tensor("scores", scores, floating=True)
-    if boxes.ndim != len(dimensions) + 1 or boxes.shape[-1] != 4:
-        raise ValueError(f"boxes: expected [{', '.join(dimensions)}, 4], got {list(boxes.shape)}")
-    _check_matches_boxes("scores", scores, boxes, boxes.shape[:-1])
-
-
-def _check_matches_boxes(name: str, tensor: Tensor, boxes: Tensor, shape: torch.Size) -> None:
-    if tensor.shape != shape:
-        raise ValueError(f"{name}: expected {list(shape)} to match boxes, got {list(tensor.shape)}")
-    check_same_device(name, tensor, "boxes", boxes)
 
 
 def _check_has_data(boxes: Tensor) -> None:
@@ -80,7 +65,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
         ValueError: a shape or device does not match, or `iou_threshold` is outside [0, 1].
         TypeError: `boxes` or `scores` is not a dense floating tensor, or `iou_threshold` is not a number.
     """
-    _check_boxes(boxes, ("N",), scores)
+    check_boxes(boxes, ("N",), scores)
     _check_has_data(boxes)
     return nms_op(boxes.detach(), scores.detach(), None, check_fraction("iou_threshold", iou_threshold))
 
@@ -110,10 +95,10 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
     check_tensor("boxes", boxes)
     if (boxes.shape[1:] != (4,) or not boxes.is_floating_point()) and boxes.numel() == 0:
         return torch.empty(0, dtype=torch.int64, device=boxes.device)
-    _check_boxes(boxes, ("N",), scores)
+    check_boxes(boxes, ("N",), scores)
     _check_has_data(boxes)
     check_tensor("idxs", idxs, real=True)
-    _check_matches_boxes("idxs", idxs, boxes, boxes.shape[:1])
+    check_matches_boxes("idxs", idxs, boxes, boxes.shape[:1])
     return nms_op(boxes.detach(), scores.detach(), idxs.detach(), check_fraction("iou_threshold", iou_threshold))
 
 
@@ -148,22 +133,15 @@ def nms_padded(
             or too large.
         TypeError: an argument has another type, or a tensor another dtype, than listed here.
     """
-    _check_boxes(boxes, ("B", "N"), scores)
+    check_boxes(boxes, ("B", "N"), scores)
     if classes is not None:
-        check_tensor("classes", classes, real=True)
-        _check_matches_boxes("classes", classes, boxes, boxes.shape[:2])
+        check_classes(classes, boxes)
         classes = classes.detach()
     if counts is not None:
-        check_tensor("counts", counts, integer=True)
-        if counts.dtype in (torch.uint16, torch.uint32, torch.uint64):  # PyTorch compares these with no other dtype
-            raise TypeError(f"counts: expected a signed integer dtype or uint8, got {counts.dtype}")
-        _check_matches_boxes("counts", counts, boxes, boxes.shape[:1])
-    max_output = check_int("max_output", max_output, least=0)
-    if boxes.shape[0] * max_output > MAX_INT32:
-        raise ValueError(f"max_output: expected fewer than 2^31 results in {boxes.shape[0]} segments, got {max_output}")
+        check_counts(counts, boxes)
     spec = NMSSpec(
         iou_threshold=check_fraction("iou_threshold", iou_threshold),
         score_threshold=None if score_threshold is None else check_float("score_threshold", score_threshold),
-        max_output=max_output,
+        max_output=check_max_output(max_output, boxes),
     )
     return nms_padded_op(boxes.detach(), scores.detach(), classes, counts, *spec)

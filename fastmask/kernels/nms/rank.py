@@ -26,7 +26,7 @@ ROWS, COLUMNS = 8, 256  # 16 rows would spill registers on sm_80 and sm_100
 
 
 @jit()
-def _load_key(scores, valid, index, num_valid, num_boxes):
+def load_key(scores, valid, index, num_valid, num_boxes):
     """An int64 for each box, greater for boxes that come earlier, and whether the box takes part."""
     inside = index < num_boxes
     takes_part = index < num_valid
@@ -71,11 +71,11 @@ def rank_boxes_kernel(
         limit = num_boxes
         if counts is not None:
             limit = tl.minimum(tl.load(counts + segment).to(tl.int64), num_boxes).to(tl.int32)
-        key, takes_part = _load_key(scores, valid, row, limit, num_boxes)
+        key, takes_part = load_key(scores, valid, row, limit, num_boxes)
         before = tl.zeros((ROWS, COLUMNS), tl.int32)
         total = tl.zeros((COLUMNS,), tl.int32)
         for first in range(0, num_rows, COLUMNS):
-            other, other_takes_part = _load_key(scores, valid, first + tl.arange(0, COLUMNS), limit, num_boxes)
+            other, other_takes_part = load_key(scores, valid, first + tl.arange(0, COLUMNS), limit, num_boxes)
             before += (other[None, :] > key[:, None]).to(tl.int32)
             total += other_takes_part.to(tl.int32)
         place = tl.sum(before, 1)

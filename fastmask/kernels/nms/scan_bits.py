@@ -12,6 +12,7 @@ their loads. Not yet measured on a GPU.
 
 from __future__ import annotations
 
+from fastmask.kernels._bits import popcount
 from fastmask.kernels._runtime import jit, tl
 from fastmask.kernels.nms.suppression import load_box, store_box
 
@@ -19,15 +20,6 @@ from fastmask.kernels.nms.suppression import load_box, store_box
 @jit()
 def _or(a, b):
     return a | b
-
-
-@jit()
-def _popcount(bits):
-    """The number of bits set, in the form that compilers recognise as one instruction."""
-    x = bits.to(tl.uint32, bitcast=True)
-    x -= (x >> 1) & 0x55555555
-    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
-    return ((((x + (x >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24).to(tl.int32)
 
 
 @jit()
@@ -76,12 +68,12 @@ def _store_kept(
 ):
     """Append the indices, and the boxes, that have a bit in `stays`. Returns how many there are now."""
     lane_stays = (stays >> lane) & 1 != 0
-    place = kept + _popcount(stays & ((1 << lane) - 1))
+    place = kept + popcount(stays & ((1 << lane) - 1))
     tl.store(indices + place, index, mask=lane_stays & (place < max_output))
     if kept_boxes is not None:
         box = load_box(boxes, classes, lane, lane_stays, boxes.dtype.element_ty)
         store_box(kept_boxes, kept_classes, place, box, lane_stays)
-    return kept + _popcount(stays)
+    return kept + popcount(stays)
 
 
 @jit(do_not_specialize=["num_boxes", "num_rows", "max_output", "first"])
