@@ -62,14 +62,21 @@ def run(arguments: argparse.Namespace) -> int:
     return int(bool(failed))
 
 
-def configure_compile(_: argparse.ArgumentParser) -> None:
-    """The compile report has no options."""
+def no_options(_: argparse.ArgumentParser) -> None:
+    """For commands that take none."""
+
+
+def _has_triton(command: str) -> bool:
+    """Whether Triton is installed; says so if it is not."""
+    if importlib.util.find_spec("triton"):
+        return True
+    print(f"{command}: expected Triton to be installed", file=sys.stderr)
+    return False
 
 
 def compile_kernels(_: argparse.Namespace) -> int:
     """Rewrite docs/compile_report.md. Returns 1 if a kernel exceeds a limit, 2 without Triton."""
-    if importlib.util.find_spec("triton") is None:
-        print("compile: expected Triton to be installed", file=sys.stderr)
+    if not _has_triton("compile"):
         return 2
     from benchmarks.reporting import compile_report
 
@@ -83,22 +90,16 @@ def configure_host_time(parser: argparse.ArgumentParser) -> None:
 
 def host_time(arguments: argparse.Namespace) -> int:
     """Print the host time of launchers. Returns 2 without Triton."""
-    if importlib.util.find_spec("triton") is None:
-        print("host-time: expected Triton to be installed", file=sys.stderr)
+    if not _has_triton("host-time"):
         return 2
     from benchmarks.reporting import host_time
 
     return host_time.main(arguments.only)
 
 
-def configure_launches(_: argparse.ArgumentParser) -> None:
-    """The table of launches has no options."""
-
-
 def launches(_: argparse.Namespace) -> int:
     """Rewrite benchmarks/results/launches.md. Returns 2 without Triton."""
-    if importlib.util.find_spec("triton") is None:
-        print("launches: expected Triton to be installed", file=sys.stderr)
+    if not _has_triton("launches"):
         return 2
     from benchmarks.reporting import launches as table
 
@@ -112,8 +113,8 @@ def main() -> int:
         ("run", configure_run, run, "measure and write the results to a JSON file"),
         ("report", report.configure, report.main, "write tables and plots of results"),
         ("compare", compare.configure, compare.main, "say what got faster or slower between two runs"),
-        ("compile", configure_compile, compile_kernels, "compile all kernels, without a GPU, and check their limits"),
-        ("launches", configure_launches, launches, "count the launches of a detector by stage, without a GPU"),
+        ("compile", no_options, compile_kernels, "compile all kernels, without a GPU, and check their limits"),
+        ("launches", no_options, launches, "count the launches of a detector by stage, without a GPU"),
         ("host-time", configure_host_time, host_time, "measure what launching costs on the host, without a GPU"),
     ):
         command = commands.add_parser(name, help=help, description=help)
