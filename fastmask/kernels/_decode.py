@@ -15,6 +15,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from fastmask import box_ops
@@ -47,6 +48,11 @@ def decode_and_filter(deltas: Tensor, anchors: Tensor, image_sizes: Tensor, spec
     sides = clipped[..., 2:] - clipped[..., :2]
     takes_part = (sides >= spec.min_size if spec.min_size_inclusive else sides > spec.min_size).all(-1)
     return clipped, takes_part & boxes.isfinite().all(-1) if spec.drop_non_finite else takes_part
+
+
+def result_dtype(*inputs: Tensor) -> torch.dtype:
+    """Of the results: float64 where an input is, otherwise float32."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in inputs) else torch.float32
 
 
 @jit()

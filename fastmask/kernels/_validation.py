@@ -35,6 +35,13 @@ def check_tensor(
         raise TypeError(f"{name}: expected a floating dtype of 16 bits or more, got {value.dtype}")
 
 
+def check_counts_dtype(name: str, counts: Any) -> None:
+    """A dense tensor of integers that can be compared with indices."""
+    check_tensor(name, counts, integer=True)
+    if counts.dtype in (torch.uint16, torch.uint32, torch.uint64):  # PyTorch compares these with no other dtype
+        raise TypeError(f"{name}: expected a signed integer dtype or uint8, got {counts.dtype}")
+
+
 def check_same_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
     """`tensor` is on the device of `other`."""
     if tensor.device != other.device:

@@ -29,6 +29,7 @@ from fastmask.kernels._runtime import overridable
 from fastmask.kernels._validation import (
     MAX_INT32,
     check_choice,
+    check_counts_dtype,
     check_fraction,
     check_int,
     check_same_device,
@@ -117,9 +118,7 @@ def encode_rle_padded(
     spec = _spec(height, width, threshold, convention)
     batch, num_masks = masks.shape[:2]
     if counts is not None:
-        check_tensor("counts", counts, integer=True)
-        if counts.dtype in (torch.uint16, torch.uint32, torch.uint64):
-            raise TypeError(f"counts: expected signed integers or uint8, got {counts.dtype}")
+        check_counts_dtype("counts", counts)
         if counts.shape != (batch,):
             raise ValueError(f"counts: expected [{batch}] to match masks, got {list(counts.shape)}")
         check_same_device("counts", counts, "masks", masks)

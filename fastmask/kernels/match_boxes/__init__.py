@@ -28,7 +28,13 @@ import torch
 from torch import Tensor
 
 from fastmask.kernels._runtime import compute_dtype, overridable
-from fastmask.kernels._validation import check_flag, check_fraction, check_same_device, check_tensor
+from fastmask.kernels._validation import (
+    check_counts_dtype,
+    check_flag,
+    check_fraction,
+    check_same_device,
+    check_tensor,
+)
 from fastmask.kernels.match_boxes.op import MatchSpec, match_boxes_op
 
 MAX_BOXES = 2**29  # of an image: coordinates are counted in 32 bits
@@ -44,9 +50,7 @@ def _check_boxes(name: str, boxes: Any, expected: str, *, batch: int | None, lik
 
 
 def _check_counts(name: str, counts: Any, batch: int, boxes: Tensor) -> None:
-    check_tensor(name, counts, integer=True)
-    if counts.dtype in (torch.uint16, torch.uint32, torch.uint64):  # PyTorch compares these with no other dtype
-        raise TypeError(f"{name}: expected a signed integer dtype or uint8, got {counts.dtype}")
+    check_counts_dtype(name, counts)
     if counts.shape != (batch,):
         raise ValueError(f"{name}: expected [{batch}], one for each image, got {list(counts.shape)}")
     check_same_device(name, counts, "boxes", boxes)

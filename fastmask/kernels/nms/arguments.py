@@ -7,7 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmask.kernels._validation import MAX_INT32, check_int, check_same_device, check_tensor
+from fastmask.kernels._validation import (
+    MAX_INT32,
+    check_counts_dtype,
+    check_int,
+    check_same_device,
+    check_tensor,
+)
 
 
 def check_boxes(boxes: Tensor, dimensions: tuple[str, ...], scores: Tensor) -> None:
@@ -27,9 +33,7 @@ def check_classes(classes: Tensor, boxes: Tensor) -> None:
 
 def check_counts(counts: Tensor, boxes: Tensor) -> None:
     """A count for each segment of `boxes[B, N, 4]`."""
-    check_tensor("counts", counts, integer=True)
-    if counts.dtype in (torch.uint16, torch.uint32, torch.uint64):  # PyTorch compares these with no other dtype
-        raise TypeError(f"counts: expected a signed integer dtype or uint8, got {counts.dtype}")
+    check_counts_dtype("counts", counts)
     check_matches_boxes("counts", counts, boxes, boxes.shape[:1])
 
 

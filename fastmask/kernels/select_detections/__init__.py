@@ -20,7 +20,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from fastmask.kernels._decode import check_decode_options, check_image_sizes
@@ -28,6 +27,7 @@ from fastmask.kernels._runtime import overridable
 from fastmask.kernels._validation import (
     MAX_INT32,
     check_choice,
+    check_counts_dtype,
     check_float,
     check_fraction,
     check_int,
@@ -125,9 +125,7 @@ def select_detections(
     """
     deltas = _check_predictions(class_logits, deltas, proposals)
     batch = proposals.shape[0]
-    check_tensor("counts", counts, integer=True)
-    if counts.dtype in (torch.uint16, torch.uint32, torch.uint64):  # PyTorch compares these with no other dtype
-        raise TypeError(f"counts: expected a signed integer dtype or uint8, got {counts.dtype}")
+    check_counts_dtype("counts", counts)
     if counts.shape != (batch,):
         raise ValueError(f"counts: expected [{batch}], got {list(counts.shape)}")
     check_tensor("image_sizes", image_sizes, real=True)

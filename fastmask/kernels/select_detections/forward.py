@@ -18,6 +18,7 @@ from fastmask.kernels._decode import (
     load_four,
     logistic,
     min_size_bits,
+    result_dtype,
     store_four,
 )
 from fastmask.kernels._launch import Launch
@@ -34,7 +35,7 @@ from fastmask.kernels._runtime import (
 from fastmask.kernels.nms.scan import launch_scan
 from fastmask.kernels.nms.suppression import Candidates
 from fastmask.kernels.select_detections.order import launch_order
-from fastmask.kernels.select_detections.reference import empty_detections, first_class, result_dtype
+from fastmask.kernels.select_detections.reference import empty_detections, first_class
 
 if TYPE_CHECKING:
     from fastmask.kernels.select_detections.op import DetectionSpec

@@ -8,9 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastmask.kernels._decode import result_dtype
 from fastmask.kernels._runtime import Size, register
 from fastmask.kernels.select_detections.forward import launch_select_detections
-from fastmask.kernels.select_detections.reference import result_dtype, select_detections_reference
+from fastmask.kernels.select_detections.reference import select_detections_reference
 
 
 class DetectionSpec(NamedTuple):

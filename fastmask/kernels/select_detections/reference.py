@@ -8,18 +8,12 @@ import torch
 from torch import Tensor
 
 from fastmask import box_ops
-from fastmask.kernels._decode import decode_and_filter
+from fastmask.kernels._decode import decode_and_filter, result_dtype
 from fastmask.kernels.nms.op import NMSSpec
 from fastmask.kernels.nms.reference import nms_padded_reference
 
 if TYPE_CHECKING:
     from fastmask.kernels.select_detections.op import DetectionSpec
-
-
-def result_dtype(class_logits: Tensor, deltas: Tensor, proposals: Tensor) -> torch.dtype:
-    """Of the results: float64 where an input is."""
-    wide = torch.float64 in (class_logits.dtype, deltas.dtype, proposals.dtype)
-    return torch.float64 if wide else torch.float32
 
 
 def first_class(spec: DetectionSpec) -> int:

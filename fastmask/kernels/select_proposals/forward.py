@@ -18,6 +18,7 @@ from fastmask.kernels._decode import (
     load_four,
     logistic,
     min_size_bits,
+    result_dtype,
     store_four,
 )
 from fastmask.kernels._launch import Launch
@@ -36,7 +37,7 @@ from fastmask.kernels.nms.bit_matrix import launch_bit_matrix
 from fastmask.kernels.nms.gather import ROWS as SORTED_ROWS
 from fastmask.kernels.nms.gather import SortedBoxes
 from fastmask.kernels.nms.suppression import Candidates
-from fastmask.kernels.select_proposals.reference import empty_proposals, result_dtype
+from fastmask.kernels.select_proposals.reference import empty_proposals
 
 if TYPE_CHECKING:
     from fastmask.kernels.select_proposals.op import ProposalSpec
@@ -238,7 +239,7 @@ def launch_select_proposals(
     image_sizes: Tensor,
     spec: ProposalSpec,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    batch, dtype, device = logits[0].shape[0], result_dtype(logits, deltas, anchors), logits[0].device
+    batch, dtype, device = logits[0].shape[0], result_dtype(logits[0], deltas[0], anchors[0]), logits[0].device
     levels = tuple([logit.shape[1] for logit in logits])
     if not batch * max(levels) * spec.pre_nms_top_k * spec.post_nms_top_k:
         return empty_proposals(logits[0], batch, dtype, spec)

@@ -8,9 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastmask.kernels._decode import result_dtype
 from fastmask.kernels._runtime import Size, register
 from fastmask.kernels.select_proposals.forward import launch_select_proposals
-from fastmask.kernels.select_proposals.reference import result_dtype, select_proposals_reference
+from fastmask.kernels.select_proposals.reference import select_proposals_reference
 
 
 class ProposalSpec(NamedTuple):
@@ -34,7 +35,7 @@ def _fake_select_proposals(
     _image_sizes: Tensor,
     spec: ProposalSpec,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    batch, size, dtype = logits[0].shape[0], spec.post_nms_top_k, result_dtype(logits, deltas, anchors)
+    batch, size, dtype = logits[0].shape[0], spec.post_nms_top_k, result_dtype(logits[0], deltas[0], anchors[0])
     return (
         logits[0].new_empty(batch, size, 4, dtype=dtype),
         logits[0].new_empty(batch, size, dtype=dtype),

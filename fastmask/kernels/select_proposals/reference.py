@@ -8,18 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastmask.kernels._decode import decode_and_filter
+from fastmask.kernels._decode import decode_and_filter, result_dtype
 from fastmask.kernels.nms.op import NMSSpec
 from fastmask.kernels.nms.reference import nms_padded_reference
 
 if TYPE_CHECKING:
     from fastmask.kernels.select_proposals.op import ProposalSpec
-
-
-def result_dtype(logits: Sequence[Tensor], deltas: Sequence[Tensor], anchors: Sequence[Tensor]) -> torch.dtype:
-    """Of the results: float64 where an input is."""
-    wide = any(tensors[0].dtype == torch.float64 for tensors in (logits, deltas, anchors))
-    return torch.float64 if wide else torch.float32
 
 
 def empty_proposals(like: Tensor, batch: int, dtype: torch.dtype, spec: ProposalSpec) -> tuple[Tensor, Tensor, Tensor]:
@@ -39,7 +33,7 @@ def select_proposals_reference(
     spec: ProposalSpec,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The candidates of all levels as one list, levels as classes."""
-    dtype = result_dtype(logits, deltas, anchors)
+    dtype = result_dtype(logits[0], deltas[0], anchors[0])
     best = [logit.topk(min(spec.pre_nms_top_k, logit.shape[1])) for logit in logits]
     scores = torch.cat([values for values, _ in best], 1).to(dtype)
     if not scores.numel():
