@@ -149,12 +149,15 @@ def test_columns_are_labels(device):
         assert torch.allclose(scores[0, :2], torch.tensor(1 / 3, device=device))
 
 
-@pytest.mark.parametrize("value", [-4, 0, 5, 99])
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
+@pytest.mark.parametrize(
+    ("dtype", "value"),
+    [
+        *((dtype, value) for dtype in (torch.int64, torch.int32) for value in (-4, 0, 5, 99)),
+        *((torch.uint8, value) for value in (0, 5, 99)),
+    ],
+)
 def test_counts_are_clamped(device, value, dtype):
     class_logits, deltas, proposals, _, image_sizes = draw_predictions(9, 3)
-    if dtype == torch.uint8 and value < 0:
-        pytest.skip("uint8 has no negative values")
     counts = torch.tensor([value], dtype=dtype)
     inputs = class_logits, deltas, proposals, counts, image_sizes
     expected = detections_oracle(*inputs, **OPTIONS)
