@@ -101,7 +101,7 @@ class MaskRCNN(nn.Module):
         anchors = self.rpn(features, images.shape[2:])
         proposals = self.rpn.decode(anchors, sizes)
         anchor_targets = self.rpn.targets(anchors, targets, crowd_overlap=sampling.crowd_overlap)
-        losses = self.rpn.loss(anchors, anchor_targets)
+        losses = self.rpn.loss(features, anchor_targets)
 
         samples = sample_proposals(proposals, targets, sampling)
         boxes = self.box_head(self.roi_features(features, samples.boxes, self.box_head.resolution))

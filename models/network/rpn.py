@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmask import box_ops, match_boxes, sample_matches, select_proposals
+from fastmask import box_ops, match_boxes, multiscale_roi_align, sample_matches, select_proposals
 from models.config import AnchorConfig, RPNConfig
 from models.distributed import mean_count
 from models.marks import mark
-from models.network.layers import Convs, initialise
+from models.network.layers import ConvNorm, Convs, initialise
 from models.network.matching import POSITIVE
 from models.structures import PaddedTargets, Proposals
 
@@ -81,8 +81,9 @@ class RPN(nn.Module):
         initialise(self, partial(nn.init.normal_, std=0.01))
 
     @mark("RPN")
+    @torch.no_grad()
     def forward(self, features: Sequence[Tensor], image_size: Sequence[int]) -> AnchorPredictions:
-        """Logits and deltas of all anchors.
+        """Logits and deltas of all anchors, without gradients.
 
         Args:
             features: `[B, channels, H, W]` of each level.
@@ -127,11 +128,14 @@ class RPN(nn.Module):
         return AnchorTargets(indices, valid, positive, deltas)
 
     @mark("RPN")
-    def loss(self, predictions: AnchorPredictions, targets: AnchorTargets) -> dict[str, Tensor]:
+    def loss(self, features: Sequence[Tensor], targets: AnchorTargets) -> dict[str, Tensor]:
         """Losses summed over the sampled anchors and divided by `mean_count` of them.
 
+        The samples are predicted again, from their own pixels: few of all positions are sampled, and the backward of
+        convolutions over whole feature maps would compute with zeros elsewhere.
+
         Args:
-            predictions: from `forward`.
+            features: as for `forward`.
             targets: from `targets`.
 
         Returns:
@@ -139,8 +143,7 @@ class RPN(nn.Module):
             of the positive anchors' deltas.
         """
         num_samples = mean_count(targets.valid.sum())
-        logits = torch.cat(predictions.logits, 1).gather(1, targets.indices).float()
-        deltas = torch.cat(predictions.deltas, 1).take_along_dim(targets.indices[..., None], 1).float()
+        logits, deltas = self._predict(features, targets.indices)
         objectness = F.binary_cross_entropy_with_logits(logits, targets.positive.to(logits), reduction="none")
         distance = F.smooth_l1_loss(deltas, targets.deltas, beta=self.config.smooth_l1_beta, reduction="none")
         return {
@@ -174,6 +177,37 @@ class RPN(nn.Module):
             )
         return Proposals(boxes, counts)
 
+    def _predict(self, features: Sequence[Tensor], indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits `[B, S]` and deltas `[B, S, 4]`, float32, of the anchors `indices [B, S]`, with gradients."""
+        per_position = self.cell_anchors.shape[1]
+        low, high, stride = _places(features, self.strides)[indices // per_position].split((2, 2, 1), -1)
+        reach = len(self.convs)
+        side = 2 * reach + 1
+        # One sample in each bin, on the centre of a pixel: RoIAlign copies the pixels around each position
+        centre = low + 0.5
+        x = multiscale_roi_align(
+            list(features),
+            list(torch.cat([centre - side / 2, centre + side / 2], -1) * stride),
+            side,
+            [1 / stride for stride in self.strides],
+            sampling_ratio=1,
+            aligned=True,
+            canonical_box_size=side / 1.5,  # a side of (2 * reach + 1) * 2^l is on level l, far from its bounds
+            canonical_level=0,
+        )
+        low, high = low.flatten(0, 1), high.flatten(0, 1)
+        for layer in self.convs:
+            assert isinstance(layer, ConvNorm)
+            offset = torch.arange(-reach, reach + 1, device=x.device)[:, None]
+            inside = (offset >= -low[:, None]) & (offset <= high[:, None])  # [B * S, side, (x, y)]
+            x = x * (inside[:, None, None, :, 0] & inside[:, None, :, None, 1])  # as the padding of whole maps
+            x = F.relu(F.conv2d(x, layer.conv.weight, layer.conv.bias), inplace=True)
+            reach -= 1
+        which = (indices % per_position).flatten()[:, None]
+        logits = self.objectness(x).flatten(1).gather(1, which)
+        deltas = self.deltas(x).view(len(x), per_position, 4).take_along_dim(which[..., None], 1)
+        return logits.float().view(indices.shape), deltas.float().view(*indices.shape, 4)
+
     def _anchors(self, features: Sequence[Tensor], image_size: Sequence[int]) -> list[Tensor]:
         """Anchors of each feature map, `[H * W * A, 4]`, ordered by row, then by column, then by cell anchor."""
         levels = []
@@ -186,3 +220,14 @@ class RPN(nn.Module):
             y, x = torch.meshgrid(*axes, indexing="ij")
             levels.append((torch.stack([x, y, x, y], -1)[:, :, None] + cell).flatten(0, 2))
         return levels
+
+
+def _places(features: Sequence[Tensor], strides: Sequence[int]) -> Tensor:
+    """`[sum of H * W, 5]` of the positions of all levels: pixels to the left, above, to the right, below; stride."""
+    levels = []
+    for feature, stride in zip(features, strides, strict=True):
+        height, width = feature.shape[2:]
+        y, x = (torch.arange(length, device=feature.device, dtype=torch.float32) for length in (height, width))
+        y, x = torch.meshgrid(y, x, indexing="ij")
+        levels.append(torch.stack([x, y, width - 1 - x, height - 1 - y, torch.full_like(x, stride)], -1).flatten(0, 1))
+    return torch.cat(levels)
