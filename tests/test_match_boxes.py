@@ -6,7 +6,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastmask
 from fastmask.kernels._runtime import INTERPRETED
-from fastmask.kernels.match_boxes import match_boxes
+from fastmask.kernels.match_boxes import match_boxes, reference
 from tests.oracles.match_boxes import (
     NAN,
     THRESHOLDS,
@@ -26,6 +26,13 @@ BOXES = torch.tensor(
     ]
 ).float()
 OBJECTS = torch.tensor([[0, 0, 10, 10], [50, 50, 70, 60]]).float()
+
+
+@pytest.fixture(autouse=True, params=["all pairs"] if INTERPRETED else ["all pairs", "tiles"])
+def algorithm(request, monkeypatch):
+    """Each test is small enough to compare all pairs on the CPU; large calls are divided into tiles."""
+    if request.param == "tiles":
+        monkeypatch.setattr(reference, "FEW_PAIRS", 0)
 
 
 def matched(device, objects, *thresholds, boxes=BOXES, **options):

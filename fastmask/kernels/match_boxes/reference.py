@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 TILE = 256  # boxes
 PAIRS = 1 << 15  # of a box and an object, in an operation: its operands stay in cache
+FEW_PAIRS = 1 << 19  # up to which all pairs are compared at once: finding the tiles that touch would take longer
 
 
 class _Boxes(NamedTuple):
@@ -83,6 +84,8 @@ def _iou(extent: Tensor, area: Tensor, other: Tensor, other_area: Tensor) -> Ten
 
 def _find_best(tiles: _Tiles, objects: Tensor, low_quality: bool) -> _Best:
     """Compare the boxes with objects `[G, 4]`; `is_best` is found only with `low_quality`."""
+    if len(objects) and len(objects) * tiles.area.numel() <= FEW_PAIRS:
+        return _best_of_all_pairs(tiles, objects, low_quality)
     extent, area, _ = tiles
     iou, is_best = torch.zeros_like(area), torch.zeros_like(area, dtype=torch.bool)
     match = torch.zeros_like(area, dtype=torch.int64)
@@ -129,6 +132,20 @@ def _find_best(tiles: _Tiles, objects: Tensor, low_quality: bool) -> _Best:
             is_best[row[pair], column] = True
     place = order.argsort()
     return _Best(iou[place], match[place], is_best[place])
+
+
+def _best_of_all_pairs(tiles: _Tiles, objects: Tensor, low_quality: bool) -> _Best:
+    """As `_find_best`, from the matrix of IoUs."""
+    gt = _Boxes.of(objects, len(objects))
+    gt_area = gt.area.masked_fill(gt.area == 0, 1)  # so that no union is 0
+    value = _iou(tiles.extent[:, None], tiles.area, gt.extent[:, :, None, None], gt_area[:, None, None])  # [G, M, T]
+    iou, match = value.max(0)
+    iou.clamp_(min=0)
+    is_best = torch.zeros_like(iou, dtype=torch.bool)
+    if low_quality:
+        peak = value.amax((1, 2), keepdim=True)
+        is_best = ((value == peak) & (peak > 0)).any(0)
+    return _Best(iou, match.masked_fill_(iou == 0, 0), is_best)
 
 
 def _in_crowd(tiles: _Tiles, crowds: Tensor, overlap: float) -> Tensor:

@@ -142,18 +142,22 @@ def roi_align_backward_reference(
     channels, num_images = grad.shape[1], shape.num_images
     selected = select_boxes(boxes, num_images, spec)
     grads = shape.empty_features(grad, channels_last)
-    for in_level, scale, on_level in zip(grads, spec.spatial_scales, selected, strict=True):
-        level = Level(num_images, in_level.shape[2], in_level.shape[3], scale, spec)
+    for i, (scale, on_level) in enumerate(zip(spec.spatial_scales, selected, strict=True)):
+        level = Level(num_images, grads[i].shape[2], grads[i].shape[3], scale, spec)
         pieces = in_pieces(boxes, on_level if channels else on_level[:0], level)
         if len(pieces) == 1 and spec.reduction == "mean":
             samples, of_boxes = sample_boxes(boxes[on_level], level), grad[on_level]
             pixels = num_images * level.height * level.width
             few = samples.pixel.numel() < pixels * 2 * MAX_SAMPLED_SHARE
             bags = _bags_of_pixels(samples.bin, samples.pixel, samples.weight, None if few else pixels)
-            for block in _channel_blocks(in_level):
-                write_rows(in_level[:, block], _sum_bags(as_rows(of_boxes[:, block]), bags).to(grad.dtype), bags.pixel)
+            for block in _channel_blocks(grads[i]):
+                rows = _sum_bags(as_rows(of_boxes[:, block]), bags).to(grad.dtype)
+                if few or not channels_last:
+                    write_rows(grads[i][:, block], rows, bags.pixel)
+                else:  # there is one block, and its rows are the level
+                    grads[i] = rows.view(num_images, level.height, level.width, -1).permute(0, 3, 1, 2)
         else:
-            write_rows(in_level, _sum_pieces(grad, boxes, argmax, pieces, level).to(grad.dtype), None)
+            write_rows(grads[i], _sum_pieces(grad, boxes, argmax, pieces, level).to(grad.dtype), None)
     return grads
 
 
