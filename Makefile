@@ -14,7 +14,7 @@ BIN := .venv/bin
 demo: .venv/installed
 	rm -rf runs/demo
 	$(BIN)/python -m models.train demo --output runs/demo
-	$(BIN)/python -m models.predict --checkpoint runs/demo/model.pth --output runs/demo/images \
+	$(BIN)/python -m models.predict --checkpoint runs/demo/model.pth --output runs/demo/images --score-threshold 0.7 \
 		runs/shapes/val2017/00000000000[1-9].jpg
 
 test: .venv/installed
