@@ -14,7 +14,7 @@ from benchmarks.reporting import compare, report
 from benchmarks.reporting.results import FOLDER, load, slug
 
 ROOT = Path(__file__).parents[1]
-WHOLE = ("model", "training")  # whole detectors run after their operators
+WHOLE = ("loader", "model", "training")  # run after the operators
 SECTIONS = sorted(
     (path.stem.removeprefix("bench_") for path in ROOT.glob("benchmarks/bench_*.py")),
     key=lambda section: (section in WHOLE, section),

@@ -87,7 +87,7 @@ def bench_proposals(comparison):
 def bench_adversarial(comparison, order):
     """Anchors in no order, whose tiles touch all objects; and boxes that are all the best of every object."""
     boxes = (
-        anchors()[torch.randperm(20_000, generator=generator())]
+        anchors()[torch.randperm(model_match_boxes.ANCHORS, generator=generator())[:20_000]]
         if order == "shuffled"
         else objects(1).repeat(20_000, 1)
     )

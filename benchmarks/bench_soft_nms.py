@@ -56,7 +56,9 @@ def torch_loop(
         scores = scores * weight
         scores = torch.where(scores >= score_threshold, scores, -torch.inf)
         scores[best] = -torch.inf
-    return torch.stack(indices), torch.stack(selected)
+    found = torch.stack(selected)
+    none = found == -torch.inf
+    return torch.stack(indices).masked_fill(none, -1), found.masked_fill(none, 0)
 
 
 def compare(

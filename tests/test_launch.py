@@ -192,28 +192,50 @@ def test_what_only_compiled_is_not_remembered():
 
 # By operator: cases that reach all of its launchers.
 CASES = {
+    "decode_keypoints": ["100 persons 17x56x56, torchvision, float32"],
+    "encode_rle": ["RLE of 100 masks 28x28, aligned"],
+    "keypoint_loss": ["128 RoIs 17x56x56, NCHW, float32"],
+    "mask_loss": ["256 RoIs 28x28, 80 classes, bfloat16"],
+    "mask_targets": ["256 RoIs 28x28, polygons", "256 RoIs 28x28, RLE"],
+    "match_boxes": ["2 x 268,569 anchors, 100 objects"],
     "nms": ["NMS of 5x1000", "NMS of 10000"],
     "paste_masks": ["100 masks 28x28, aligned, bool"],
+    "preprocess": ["480x640 to 800x1067, CHW"],
     "roi_align": [
         "1024 RoIs 7x7, torchvision, bfloat16",
         "1024 RoIs 7x7, torchvision, mean, bfloat16, gradient of boxes",
     ],
     "roi_pool": ["1024 RoIs 7x7, P2 to P5, bfloat16"],
+    "sample_matches": ["256 of 2 x 268,569 anchors"],
     "select_detections": ["detections of 1000 x 80"],
+    "select_mask_logits": ["100 RoIs 28x28, 256 channels, bfloat16"],
     "select_proposals": ["proposals of R-50-FPN"],
+    "soft_nms": ["soft NMS of 1000, linear"],
 }
 # By launcher: how many kernels a call launches, and how many times the host time of an empty one it takes at most. One
 # and a half times what was measured.
 LIMITS = {
+    "decode_keypoints": (1, 5),
+    "encode_rle_padded": (4, 17),
+    "keypoint_loss": (2, 16),
+    "keypoint_loss_backward": (1, 6),
+    "mask_loss": (2, 13),
+    "mask_loss_backward": (1, 4),
+    "mask_targets": (1, 5),
+    "match_boxes": (2, 7),
     "nms_padded": (3, 14),
     "paste_masks": (1, 5),
+    "preprocess": (1, 7),
     "roi_align": (1, 7),
     "roi_align_backward": (4, 24),
     "roi_align_box_backward": (1, 16),
     "roi_pool": (1, 7),
     "roi_pool_backward": (3, 16),
+    "sample_matches": (2, 6),
     "select_detections": (5, 40),
+    "select_mask_logits": (1, 4),
     "select_proposals": (4, 70),  # beside `torch.topk` of five levels
+    "soft_nms": (1, 5),
 }
 
 

@@ -17,7 +17,7 @@ from benchmarks.harness.machine import Machine
 from benchmarks.harness.timing import Implementation
 from benchmarks.reporting.results import FASTMASK, Case, Kind, is_fastmask
 
-SLOW_SECONDS = 10.0  # a workload whose round takes longer has one round
+SLOW_SECONDS = 10.0  # a workload whose round takes longer has one round, or three if it has a target
 MAX_ROUNDS = 50
 
 Stages = Mapping[str, Callable[[], dict[str, float]]]
@@ -90,7 +90,7 @@ class Comparison:
         if self.benchmark.disabled:  # by --benchmark-disable or pytest-xdist
             self.benchmark.pedantic(checked.calls[FASTMASK])
             return
-        latencies = self._latencies(checked)
+        latencies = self._latencies(checked, slow_rounds=3 if options.get("target") and not self.quick else 1)
         timings = {
             provider: self.machine.timer.describe(
                 call, latencies[provider], events=events, capture=capture and is_fastmask(provider)
@@ -114,7 +114,7 @@ class Comparison:
             )
         )
 
-    def _latencies(self, checked: Checked) -> dict[str, list[float]]:
+    def _latencies(self, checked: Checked, slow_rounds: int) -> dict[str, list[float]]:
         """For each provider, milliseconds by the host's clock in each round."""
         timer = self.machine.timer
         latencies: dict[str, list[float]] = {provider: [] for provider in checked.calls}
@@ -124,18 +124,18 @@ class Comparison:
                 if provider != FASTMASK:
                     latencies[provider].append(timer.clock(call))
 
-        rounds = self._rounds(checked)
+        rounds = self._rounds(checked, slow_rounds)
         self.benchmark.pedantic(lambda: timer.finish(checked.calls[FASTMASK]), setup=time_peers, rounds=rounds)
         assert self.benchmark.stats is not None
         latencies[FASTMASK] = [1e3 * seconds for seconds in self.benchmark.stats.stats.data]
         return latencies
 
-    def _rounds(self, checked: Checked) -> int:
+    def _rounds(self, checked: Checked, slow_rounds: int) -> int:
         """The number of rounds that fit the time budget, estimated from second calls: first calls may compile."""
         if checked.milliseconds > 1e3 * SLOW_SECONDS and not self.on_gpu and "torch.compile" not in checked.calls:
-            return 1
+            return slow_rounds
         seconds = sum(self.machine.timer.clock(call) for call in checked.calls.values()) / 1e3
         if seconds > SLOW_SECONDS:
-            return 1
+            return slow_rounds
         budget, least = (0.3, 1) if self.quick else (0.3 if self.on_gpu else 2.0, 3)
         return max(least, min(MAX_ROUNDS, int(budget / max(seconds, 1e-6))))

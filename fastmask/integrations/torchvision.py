@@ -69,7 +69,7 @@ class _FastRegionProposalNetwork(RegionProposalNetwork):
         self, images: ImageList, features: dict[str, Tensor], targets: list[Target] | None = None
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
         """The best proposals of all images by one NMS, and losses of which only the sampled anchors are encoded."""
-        if not (_has_own_parts(self) and type(self.anchor_generator) is AnchorGenerator):
+        if not (_has_standard_parts(self) and type(self.anchor_generator) is AnchorGenerator):
             return super().forward(images, features, targets)
         maps = list(features.values())
         logits, deltas = self.head(maps)
@@ -130,7 +130,7 @@ class _FastRoIHeads(RoIHeads):
         self, proposals: list[Tensor], targets: list[Target] | None
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
         """Sampled boxes of each image, with the object, the class and the deltas of each."""
-        if not _has_own_parts(self):
+        if not _has_standard_parts(self):
             return super().select_training_samples(proposals, targets)
         self.check_targets(targets)
         assert targets is not None
@@ -156,7 +156,7 @@ class _FastRoIHeads(RoIHeads):
         self, class_logits: Tensor, box_regression: Tensor, proposals: list[Tensor], image_shapes: Sizes
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Each image's best detections by one NMS over all images, boxes and classes."""
-        if not _has_own_coder(self) or _requires_grad(class_logits, box_regression):
+        if not _has_standard_coder(self) or _requires_grad(class_logits, box_regression):
             return super().postprocess_detections(class_logits, box_regression, proposals, image_shapes)
         per_image = [len(rows) for rows in proposals]
         boxes, counts = _pad(proposals)
@@ -268,16 +268,16 @@ def _with_functions(method: Callable[..., Any], functions: Functions) -> Callabl
     return FunctionType(method.__code__, names, method.__name__, method.__defaults__, method.__closure__)
 
 
-def _has_own_parts(module: RegionProposalNetwork | RoIHeads) -> bool:
-    """Whether matcher, sampler and coder are torchvision's, not the user's own."""
+def _has_standard_parts(module: RegionProposalNetwork | RoIHeads) -> bool:
+    """Whether matcher, sampler and box coder are torchvision's: fastmask's operators do what these do."""
     return (
         type(module.proposal_matcher) is Matcher
         and type(module.fg_bg_sampler) is BalancedPositiveNegativeSampler
-        and _has_own_coder(module)
+        and _has_standard_coder(module)
     )
 
 
-def _has_own_coder(module: RegionProposalNetwork | RoIHeads) -> bool:
+def _has_standard_coder(module: RegionProposalNetwork | RoIHeads) -> bool:
     coder = module.box_coder
     return type(coder) is BoxCoder and coder.bbox_xform_clip == log(1000 / 16)  # fastmask decodes with this limit
 

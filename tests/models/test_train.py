@@ -18,6 +18,7 @@ from models.data.synthetic.shapes import ShapesConfig, generate
 from models.network.mask_rcnn import MaskRCNN
 from models.presets import PRESETS
 from models.weights import checkpoint
+from tests.oracles import coco_photographs
 
 pytestmark = [pytest.mark.reference_only, pytest.mark.unpoisoned]
 
@@ -236,3 +237,27 @@ def test_prefixes_of_a_stage_are_checked():
         stage.set_trainable({"a": torch.nn.Parameter(torch.zeros(1)), "b": torch.nn.Parameter(torch.zeros(1))})
     with pytest.raises(ValueError, match=r"^losses: expected prefixes of a, got 'x'"):
         stage.select_losses({"a": torch.zeros(())})
+
+
+def test_a_large_image_with_many_polygons_needs_little_memory(tmp_path):
+    """One dense mask of this image has 32 MB, and all of them 16 GB."""
+    coco_photographs.write(tmp_path / "data", "train2017", (4000, 8000), images=1, objects=500, largest=1500)
+    coco_photographs.write(tmp_path / "data", "val2017", (64, 96), images=1, objects=1, largest=60)
+    options = ("--data.workers", "0", "--solver.images-per-gpu", "1", "--solver.iterations", "2")
+    arguments = command(tmp_path / "data", tmp_path / "run", *options)
+    script = (
+        "import resource, sys; from models.train import main; sys.argv = sys.argv[1:]; main();"
+        "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
+    )
+    module = arguments.index("models.train")
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments[module:]],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(log_of(tmp_path / "run")) == 2
+    assert int(done.stdout.split()[-1]) < 2000  # MiB
