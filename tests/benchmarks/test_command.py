@@ -26,8 +26,8 @@ def test_benchmarks_import_without_optional_packages():
 
 
 def test_whole_detectors_come_after_their_operators():
-    assert command.SECTIONS[-2:] == ["model", "training"]
-    assert command.SECTIONS[:-2] == sorted(command.SECTIONS[:-2])
+    assert command.SECTIONS[-3:] == ["loader", "model", "training"]
+    assert command.SECTIONS[:-3] == sorted(command.SECTIONS[:-3])
 
 
 @pytest.mark.parametrize("code", [0, 1])

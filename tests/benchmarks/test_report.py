@@ -5,9 +5,9 @@ import argparse
 import pytest
 
 from benchmarks.reporting import plots, report
-from benchmarks.reporting.results import FOLDER, load, save
+from benchmarks.reporting.results import FOLDER, Case, load, save
 from benchmarks.reporting.tables import number, table
-from tests.benchmarks.made_up_results import made_up
+from tests.benchmarks.made_up_results import made_up, timing
 
 pytestmark = pytest.mark.reference_only
 
@@ -146,3 +146,12 @@ def test_plots_are_drawn_and_the_same_twice(device, tmp_path):
 
 def test_plots_are_named_without_matplotlib():
     assert list(plots.planned("model", made_up()["model"])) == ["model_latency.svg", "model_waterfall.svg"]
+
+
+@pytest.mark.parametrize(
+    ("peers", "met"),
+    [({}, None), ({"slow": 100, "usual": 20}, True), ({"usual": 19}, False), ({"torchvision": 19, "usual": 20}, False)],
+)
+def test_a_target_is_for_torchvision_or_else_the_fastest_peer(peers, met):
+    timings = {name: timing(value, on_gpu=False) for name, value in ({"fastmask": 10} | peers).items()}
+    assert Case("100 masks", "paper", timings, target=2).meets_target is met

@@ -1,7 +1,8 @@
 """Preprocessing in plain torch: the reference, and what runs on the CPU.
 
 Each pass along an axis is a weighted sum of the rows of a matrix, `embedding_bag`, whose rows are whole lines of the
-image. `interpolate` of floating images takes more than twice as long.
+image. `interpolate` is up to twice as fast with two threads, but rounds its weights: its error of 0.02 grey levels is
+four hundred times that of these sums.
 """
 
 from __future__ import annotations
