@@ -1,18 +1,22 @@
 """Detections in images: `python -m models.predict --checkpoint FILE IMAGE...`.
 
 For each NAME.jpg, writes NAME.detections.jpg, with the detections drawn, and NAME.detections.json, beside the image or
-in `--output`. Coordinates are pixels of the image turned upright by its EXIF orientation.
+in `--output`. Coordinates are pixels of the image turned upright by its EXIF orientation. With `--benchmark N`, times N
+calls for each image instead.
 """
 
 from __future__ import annotations
 
 import json
+import statistics
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import tyro
 from torchvision.transforms.v2.functional import to_pil_image
 from tqdm import tqdm
@@ -20,12 +24,15 @@ from tqdm import tqdm
 from models.coco_eval import Detector, coco_results
 from models.data.image_io import read_image
 from models.data.problems import DataError
+from models.stage_times import stage_times
 from models.structures import Category, Detections
 from models.visualize import draw
 from models.weights.checkpoint import load_model
 
 SUFFIXES = {".jpg", ".jpeg", ".png"}
 OUTPUT_MARK = ".detections"  # in the names of output files; files with such a name are not read
+PAPER_MS = 195, 15  # of R-101-FPN on a Tesla M40: the network, and resizing of masks on the CPU (§4.4)
+UNTIMED_CALLS = 2  # the first ones compile and allocate
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,7 @@ class PredictConfig:
     output: Path | None = None  # a folder; None writes beside each image
     score_threshold: float = 0.5
     on_error: Literal["raise", "skip"] = "raise"  # stop at an unreadable image, or leave it out and list it at the end
+    benchmark: int = 0  # if not 0, time so many calls for each image, print them by stage, and write nothing
 
 
 def predict(
@@ -87,6 +95,52 @@ def predict(
     return errors
 
 
+def benchmark(model: Detector, path: Path, calls: int) -> str:
+    """Time detection in an image, from its uint8 pixels to boxes, scores and run-length encoded masks on the host.
+
+    Args:
+        model: in evaluation mode.
+        path: of the image. Reading it is not timed.
+        calls: the number of timed calls, at least 1.
+
+    Returns:
+        Text: the median, the shortest and the longest call, images a second, the median beside the paper's, and the
+        stages of one more call (the medians of three on a GPU).
+
+    Raises:
+        DataError: the image is unreadable.
+        ValueError: `calls` is below 1.
+    """
+    if calls < 1:
+        raise ValueError(f"calls: expected at least 1, got {calls}")
+    image = read_image(path)
+
+    def detect() -> Detections:
+        (detections,) = model.detect([image])
+        if detections.mask_probabilities is not None:
+            detections.rle()
+        if detections.boxes.is_cuda:
+            torch.cuda.synchronize()
+        return detections
+
+    found = [detect() for _ in range(UNTIMED_CALLS)][-1]
+    milliseconds = []
+    for _ in range(calls):
+        start = time.perf_counter()
+        detect()
+        milliseconds.append(1e3 * (time.perf_counter() - start))
+    median = statistics.median(milliseconds)
+    stages = stage_times(detect, found.boxes.device.type)
+    return "\n".join(
+        [
+            f"{path}: {image.shape[1]} x {image.shape[2]} pixels on {found.boxes.device}, {len(found)} detections",
+            f"  {median:.1f} ms, from {min(milliseconds):.1f} to {max(milliseconds):.1f}; {1e3 / median:.2f} images/s",
+            f"  the paper's {PAPER_MS[0]} + {PAPER_MS[1]} ms are {sum(PAPER_MS) / median:.2f} times as long",
+            *(f"  {stage:<10} {spent:9.2f} ms {spent / sum(stages.values()):6.1%}" for stage, spent in stages.items()),
+        ]
+    )
+
+
 def find_images(paths: Iterable[Path]) -> list[Path]:
     """The image files to detect in, without duplicates and without output files of `predict`.
 
@@ -132,8 +186,14 @@ def main(config: PredictConfig) -> None:
     images = find_images(config.images)
     if not images:
         sys.exit(f"images: expected images or folders with some, got none in {[*map(str, config.images)]}")
+    if config.benchmark < 0:
+        sys.exit(f"benchmark: expected 0 or more calls, got {config.benchmark}")
     model, categories = load_model(config.checkpoint)
     try:
+        if config.benchmark:
+            for image in images:
+                print(benchmark(model, image, config.benchmark))
+            return
         errors = predict(
             model,
             categories,

@@ -29,12 +29,12 @@ from torch.nn.utils import clip_grad
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.harness.stages import OTHER
 from benchmarks.reporting.host_time import host_driver
 from fastmask.kernels._launch import Launch
 from fastmask.kernels._runtime import LAUNCHERS
 from fastmask.kernels.roi_align import levels
 from models.marks import PREFIX
+from models.stage_times import OTHER
 
 ROOT = Path(__file__).parents[2]
 

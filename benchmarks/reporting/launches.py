@@ -15,7 +15,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness.stages import BACKWARD, STAGES
+from benchmarks.harness.stages import BACKWARD
 from benchmarks.reporting.launch_counter import LaunchCounter, counting
 from fastmask import Masks, encode_rle_padded
 from models.data.loader import Batch
@@ -23,6 +23,7 @@ from models.learner import Learner
 from models.network.mask_rcnn import MaskRCNN
 from models.network.matching import Samples
 from models.presets import PRESETS
+from models.stage_times import STAGES
 from models.stages import end_to_end
 from models.structures import PaddedDetections, Target, pad_targets
 

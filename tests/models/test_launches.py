@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from benchmarks.harness.stages import OTHER
 from models.marks import mark
+from models.stage_times import OTHER
 
 launches = pytest.importorskip("benchmarks.reporting.launches")
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from pycocotools import mask as coco_mask
 from models import predict as command
 from models.config import KeypointHeadConfig, ModelConfig
 from models.data.problems import DataError
+from models.marks import mark
 from models.predict import PredictConfig, find_images, main, predict
 from models.structures import Category, Detections
 from models.visualize import draw
@@ -169,6 +171,39 @@ def test_command(tmp_path, monkeypatch):
         main(PredictConfig((folder,), checkpoint))
     with pytest.raises(SystemExit, match=r"^1 of 2 images left out:\n.*bad\.png"):
         main(PredictConfig((folder,), checkpoint, on_error="skip"))
+
+
+def test_benchmark(tmp_path, monkeypatch, capsys):
+    """A slow stage is in the times, nothing is written, and bad arguments are named."""
+
+    class Slow(Detector):
+        calls = 0
+
+        def detect(self, images):
+            self.calls += 1
+            with mark("backbone"):
+                time.sleep(0.1)
+            return super().detect(images)
+
+    model, path, checkpoint = Slow(), tmp_path / "photo.png", tmp_path / "model.pth"
+    pixels().save(path)
+    monkeypatch.setattr(command, "load_model", {checkpoint: (model, CATEGORIES)}.get)
+    main(PredictConfig((path,), checkpoint, benchmark=3))
+    assert model.calls == command.UNTIMED_CALLS + 3 + 1  # the last one by stages
+    assert [file.name for file in tmp_path.iterdir()] == ["photo.png"]
+    first, times, paper, *stages = capsys.readouterr().out.splitlines()
+    assert first == f"{path}: 24 x 40 pixels on cpu, 2 detections"
+    median = float(times.split()[0])
+    assert 100 <= median < 200
+    assert f"{1e3 / median:.1f}" in times
+    assert f"{210 / median:.2f} times as long" in paper
+    by_stage = {line.split()[0]: float(line.split()[1]) for line in stages}
+    assert by_stage["backbone"] >= 100 > by_stage["other"]
+
+    with pytest.raises(SystemExit, match=r"^benchmark: expected 0 or more calls, got -1$"):
+        main(PredictConfig((path,), checkpoint, benchmark=-1))
+    with pytest.raises(ValueError, match=r"^calls: expected at least 1, got 0$"):
+        command.benchmark(model, path, 0)
 
 
 def test_no_detections_leave_the_image_unchanged():
