@@ -131,12 +131,13 @@ def benchmark(model: Detector, path: Path, calls: int) -> str:
         milliseconds.append(1e3 * (time.perf_counter() - start))
     median = statistics.median(milliseconds)
     stages = stage_times(detect, found.boxes.device.type)
+    total = sum(stages.values())
     return "\n".join(
         [
             f"{path}: {image.shape[1]} x {image.shape[2]} pixels on {found.boxes.device}, {len(found)} detections",
             f"  {median:.1f} ms, from {min(milliseconds):.1f} to {max(milliseconds):.1f}; {1e3 / median:.2f} images/s",
             f"  the paper's {PAPER_MS[0]} + {PAPER_MS[1]} ms are {sum(PAPER_MS) / median:.2f} times as long",
-            *(f"  {stage:<10} {spent:9.2f} ms {spent / sum(stages.values()):6.1%}" for stage, spent in stages.items()),
+            *(f"  {stage:<10} {spent:9.2f} ms {spent / total:6.1%}" for stage, spent in stages.items()),
         ]
     )
 
