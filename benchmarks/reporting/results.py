@@ -80,9 +80,8 @@ class Case:
         """Whether fastmask is as fast as the target asks; None without a target or without a peer."""
         others = [timing for name, timing in self.timings.items() if not is_fastmask(name)]
         peer = self.torchvision() or min(others, key=lambda timing: timing.time.median, default=None)
-        if peer is None or self.target is None or FASTMASK not in self.timings:
-            return None
-        return peer.time.median / self.timings[FASTMASK].time.median >= self.target
+        ratio = self._ratio(peer, FASTMASK)
+        return None if ratio is None or self.target is None else ratio >= self.target
 
     def torchvision(self) -> Timing | None:
         """torchvision's timing, in whichever form it ran."""
@@ -90,7 +89,10 @@ class Case:
 
     def ratio(self, provider: str = FASTMASK) -> float | None:
         """How many times as fast as torchvision a provider is."""
-        peer, timing = self.torchvision(), self.timings.get(provider)
+        return self._ratio(self.torchvision(), provider)
+
+    def _ratio(self, peer: Timing | None, provider: str) -> float | None:
+        timing = self.timings.get(provider)
         return peer.time.median / timing.time.median if peer and timing else None
 
 
